@@ -1,0 +1,353 @@
+"""Problems, prompts and graders. No torch here: the grading workers are small and start fast.
+
+A data set is named by a short name (`countdown`, `math500`, ..., see BENCHMARKS), a hub data set with the
+columns problem (or question) and answer, or a .jsonl file with `problem` and `answer` on each line. Any of
+these takes `:train` or `:test` behind it: a fixed split by the hash of the question, one tenth for testing.
+
+Rewards. Mathematics: 1 if the last \\boxed{...} equals the answer, else 0 (math-verify decides).
+Countdown: 1 if the expression uses the numbers exactly once and hits the target; the graded variant
+`countdown-graded` gives exp(-|value - target| / 5) for any valid expression. A response that was cut off
+before its end token earns 0 everywhere.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import queue
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+GRADE_LIMIT_S = 5.0           # seconds for one answer; a worker that takes longer is killed and the answer earns 0
+LONGEST_ANSWER = 1000         # characters; a longer boxed answer is compared as a string only
+
+
+class UserError(ValueError):
+    """Something the user can put right, said in one sentence: what, which value, what is allowed."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    question: str             # what the prompt shows
+    answer: str               # the gold answer; for Countdown "2357=22": numbers and target
+    task: str = "math"        # "math", "countdown" or "countdown-graded": how a response is graded
+
+
+# ---------------------------------------------------------------- data sets
+
+# name: (hub repository, configuration, split, question column, answer column)
+BENCHMARKS = {
+    "math500": ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
+    "aime2024": ("HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
+    "amc2023": ("math-ai/amc23", None, "test", "question", "answer"),
+    "minerva": ("math-ai/minervamath", None, "test", "question", "answer"),
+    "olympiadbench": ("math-ai/olympiadbench", None, "test", "question", "final_answer"),
+    "math": ("nlile/hendrycks-MATH-benchmark", None, "train", "problem", "answer"),      # the 12,000 outside MATH-500
+    "gsm8k": ("openai/gsm8k", "main", "train", "question", "answer"),
+    "gsm8k-test": ("openai/gsm8k", "main", "test", "question", "answer"),
+}
+HELD_OUT = {"math": "math500", "gsm8k": "gsm8k-test"}     # what a training set is evaluated on by default
+
+
+def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
+    """Problems of a data set, in its order. Raises UserError if it is unknown, broken or empty.
+
+    limit keeps a fixed random choice of that many problems (the same for the same data set).
+    """
+    name, part = name_or_path, None
+    if name.endswith((":train", ":test")):
+        name, part = name.rsplit(":", 1)
+    if name in ("countdown", "countdown-graded"):
+        problems = [Problem(p.id, p.question, p.answer, name) for p in _countdown_problems()]
+    elif name.endswith(".jsonl"):
+        problems = _load_jsonl(Path(name))
+    elif name in BENCHMARKS or "/" in name:
+        problems = _load_hub(name)
+    else:
+        known = ["countdown", "countdown-graded", *BENCHMARKS]
+        raise UserError(f"data set {name!r} is unknown{nearest(name, known)}; give one of {', '.join(known)}, "
+                        "a hub data set (owner/name) or a .jsonl file")
+    if part:
+        problems = [p for p in problems if _in_test_part(p.question) == (part == "test")]
+    if not problems:
+        raise UserError(f"data set {name_or_path!r} holds no problems")
+    if limit and limit < len(problems):
+        problems = sorted(problems, key=lambda p: _digest(p.question + "/limit"))[:limit]
+    return problems
+
+
+def train_and_eval(data: str, eval_data: str | None, eval_limit: int) -> tuple[list[Problem], list[Problem], str, str]:
+    """Training and held-out problems and the names that give them again. No question is in both."""
+    if eval_data is None and data in HELD_OUT:
+        eval_data = HELD_OUT[data]
+    elif eval_data is None:
+        data, eval_data = f"{data}:train", f"{data}:test"
+    held_out = load_problems(eval_data)
+    questions = {_normal_question(p.question) for p in held_out}
+    problems = load_problems(data)
+    kept = [p for p in problems if _normal_question(p.question) not in questions]
+    if not kept:
+        raise UserError(f"every problem of {data!r} is also in the evaluation data {eval_data!r}: nothing to train on")
+    if len(kept) < len(problems):
+        print(f"left {len(problems) - len(kept)} of {len(problems)} problems of {data} out: they are in {eval_data} too")
+    return kept, load_problems(eval_data, eval_limit), data, eval_data
+
+
+def nearest(name: str, known) -> str:
+    """", did you mean 'x'?" where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _load_jsonl(path: Path) -> list[Problem]:
+    problems = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data file {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{where}: not a JSON object ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: {type(row).__name__} found, but each line must be a JSON object")
+        for key in ("problem", "answer"):
+            if not str(row.get(key, "")).strip():
+                raise UserError(f"{where}: no {key!r} (each line needs 'problem' and 'answer'; it has {sorted(row)})")
+        problems.append(Problem(str(row.get("id", f"{path.stem}-{number}")), str(row["problem"]), str(row["answer"])))
+    return problems
+
+
+def _load_hub(name: str) -> list[Problem]:
+    repository, config, split, question_column, answer_column = BENCHMARKS.get(name, (name, None, "train", None, "answer"))
+    try:
+        import datasets
+        rows = datasets.load_dataset(repository, config, split=split)
+    except Exception as error:      # the library raises many kinds when a download fails: all mean the same here
+        raise UserError(f"data set {name!r} could not be loaded from the hub ({repository}, split {split}): "
+                        f"{type(error).__name__}; without internet give a .jsonl file with 'problem' and 'answer' on each "
+                        "line instead") from error
+    if question_column is None:
+        question_column = "problem" if "problem" in rows.column_names else "question"
+    missing = {question_column, answer_column} - set(rows.column_names)
+    if missing:
+        raise UserError(f"hub data set {name!r} has the columns {rows.column_names}, but needs {sorted(missing)}")
+    return [Problem(f"{name}-{i}", row[question_column], _gold(row[answer_column])) for i, row in enumerate(rows)]
+
+
+def _gold(answer) -> str:
+    """Final answer of a hub row: GSM8K's stands behind ####, OlympiadBench's is a list."""
+    if isinstance(answer, list):
+        answer = ", ".join(map(str, answer))
+    return str(answer).split("####")[-1].strip().strip("$")
+
+
+def _digest(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+
+
+def _normal_question(question: str) -> str:
+    return " ".join(question.split()).lower()
+
+
+def _in_test_part(question: str) -> bool:
+    return _digest(_normal_question(question)) % 10 == 0
+
+
+# ---------------------------------------------------------------- prompts
+
+def render(problem: Problem, tokenizer) -> str:
+    """The prompt text: the question alone for Countdown, the chat template where the model has one, else plain.
+
+    A chat template that already asks for a \\boxed{} (Qwen2.5-Math's does) gets the question alone; every
+    other gets the instruction behind the question.
+    """
+    if problem.task != "math":
+        return problem.question
+    if not tokenizer.chat_template:
+        return f"Question: {problem.question}\n{INSTRUCTION}\nAnswer:"
+    chat = lambda text: tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    if "\\boxed" in chat(""):
+        return chat(problem.question)
+    return chat(f"{problem.question}\n{INSTRUCTION}")
+
+
+# ---------------------------------------------------------------- Countdown
+
+def countdown_value(expression: str) -> int | None:
+    """Value of digits joined by + - *, * first: "3*5+7-2" -> 20. None if it is anything else."""
+    if not re.fullmatch(r"[1-9](?:[+\-*][1-9])*", expression):
+        return None
+    value, sign, product = 0, 1, int(expression[0])
+    for operator, digit in zip(expression[1::2], expression[2::2]):
+        if operator == "*":
+            product *= int(digit)
+        else:
+            value, sign, product = value + sign * product, (1 if operator == "+" else -1), int(digit)
+    return value + sign * product
+
+
+def grade_countdown(text: str, answer: str, graded: bool = False) -> float:
+    """1.0 if text is an expression in exactly the numbers of answer ("2357=22") that equals its target.
+
+    graded: exp(-|value - target| / 5) instead of 0 for a valid expression that misses; invalid is 0.
+    """
+    numbers, target = answer.split("=")
+    value = countdown_value(text)
+    if value is None or sorted(text[::2]) != sorted(numbers):
+        return 0.0
+    return math.exp(-abs(value - int(target)) / 5) if graded else float(value == int(target))
+
+
+@cache
+def countdown_solutions() -> dict[tuple[str, int], list[str]]:
+    """Every solvable problem, four numbers 1..9 (sorted) and a target 10..99 -> its expressions."""
+    solutions: dict[tuple[str, int], list[str]] = {}
+    operators = list(itertools.product("+-*", repeat=3))
+    for numbers in itertools.combinations_with_replacement("123456789", 4):
+        for a, b, c, d in sorted(set(itertools.permutations(numbers))):
+            for o, p, q in operators:
+                expression = a + o + b + p + c + q + d
+                value = countdown_value(expression)
+                if 10 <= value <= 99:
+                    solutions.setdefault(("".join(numbers), value), []).append(expression)
+    return solutions
+
+
+def _countdown_problems() -> list[Problem]:
+    return [Problem(f"countdown-{numbers}-{target}", f"{numbers}={target}:", f"{numbers}={target}")
+            for numbers, target in countdown_solutions()]
+
+
+# ---------------------------------------------------------------- mathematics
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last balanced \\boxed{...}, or None: a box that is never closed is no answer."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin + 1:end].strip()
+    return None
+
+
+def judge(text: str, answer: str) -> float:
+    """1.0 if the last boxed answer equals the gold one, as a string or for math-verify. May hang: see `grade`."""
+    boxed = last_boxed(text)
+    if not boxed:
+        return 0.0
+    if boxed.replace(" ", "") == answer.replace(" ", ""):
+        return 1.0
+    if len(boxed) > LONGEST_ANSWER:
+        return 0.0
+    from math_verify import parse, verify
+    gold, given = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (answer, boxed))
+    return float(bool(gold and given and verify(gold, given, timeout_seconds=None)))
+
+
+class Graders:
+    """Worker processes that run `judge`, each on one answer at a time and under a time limit.
+
+    A worker that hangs or dies is killed and replaced; its answer earns 0 and is counted in `failures`.
+    Workers talk in JSON lines over pipes and end by themselves when this process does.
+    """
+
+    def __init__(self, workers: int, limit_s: float = GRADE_LIMIT_S):
+        self.failures, self.limit_s = 0, limit_s
+        self._idle: queue.SimpleQueue = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        for _ in range(workers):
+            self._idle.put(None)                        # a process is started at first use
+
+    def grade(self, text: str, answer: str) -> float:
+        worker = self._idle.get()
+        worker = worker if worker and worker.poll() is None else self._start()
+        timer = threading.Timer(self.limit_s, worker.kill)
+        timer.start()
+        try:
+            worker.stdin.write(json.dumps([text, answer]) + "\n")
+            worker.stdin.flush()
+            reply = worker.stdout.readline()
+        except OSError:                                 # it died while we wrote
+            reply = ""
+        timer.cancel()
+        self._idle.put(worker)
+        if not reply:
+            worker.kill()
+            with self._lock:
+                self.failures += 1
+        return float(reply or 0)
+
+    @staticmethod
+    def _start() -> subprocess.Popen:
+        worker = subprocess.Popen([sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+        if worker.stdout.readline() != "ready\n":       # importing sympy takes a second: outside the time limit
+            raise UserError("the grading worker did not start; is math-verify installed (pip install math-verify)?")
+        return worker
+
+
+@cache
+def graders() -> Graders:
+    return Graders(workers=2)
+
+
+def grade(text: str, answer: str) -> float:
+    """Grade one response to a mathematics problem: 1.0 or 0.0. Never raises, never hangs."""
+    return graders().grade(text, answer)
+
+
+def grade_all(problems: list[Problem], groups: list[list[tuple[str, bool]]]) -> list[list[float]]:
+    """Rewards [P][n] of (text, finished) responses [P][n]; a response that was cut off earns 0."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(problem: Problem, text: str, finished: bool) -> float:
+        if not finished:
+            return 0.0
+        if problem.task == "math":
+            return grade(text, problem.answer)
+        return grade_countdown(text, problem.answer, graded=problem.task == "countdown-graded")
+
+    flat = [(problem, *response) for problem, group in zip(problems, groups, strict=True) for response in group]
+    if any(problem.task == "math" for problem in problems):
+        with ThreadPoolExecutor(2) as threads:
+            values = iter(list(threads.map(lambda args: one(*args), flat)))
+    else:
+        values = (one(*args) for args in flat)
+    return [[next(values) for _ in group] for group in groups]
+
+
+def _worker() -> None:
+    """Grade JSON lines [text, answer] from standard input until it closes."""
+    import math_verify  # noqa: F401  (imported before "ready", so that the first answer is not charged for it)
+    replies, sys.stdout = sys.stdout, sys.stderr        # nothing a library prints may reach the pipe
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        try:
+            value = judge(*json.loads(line))
+        except Exception:                               # whatever a parser makes of hostile text, it is no right answer
+            value = 0.0
+        print(value, file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--worker"]:
+        _worker()
+    else:
+        print(__doc__)
