@@ -1,0 +1,265 @@
+"""The LoRA policy: load a model, take log-probabilities, apply one update, write and read checkpoints.
+
+The learner is exactly on-policy: log-probabilities are those of the distribution that was sampled
+(logits / temperature, the whole vocabulary), the end token is trained, and every step divides once, by
+the number of all its samples, so the gradient does not depend on how the step is cut into micro-batches.
+
+A "rollout" here is anything with prompt_ids, completion_ids and logprobs (see `sample.Rollout`).
+Shapes: B rows of a micro-batch, L its longest row, D hidden size, V vocabulary, N completion tokens of all rows.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # PEFT imports it; its missing CPU kernels are no news
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rspo
+from tasks import UserError, nearest
+
+transformers.utils.logging.disable_progress_bar()
+
+TOY = Path(__file__).resolve().parent / "toy"
+# Short names: the hub organisation of a model family.
+ORGANISATIONS = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google",
+                 "OLMo": "allenai", "DeepSeek": "deepseek-ai", "Mistral": "mistralai", "phi": "microsoft"}
+LOGITS_AT_ONCE = 2**27          # elements; the vocabulary head runs on so many logits at a time (0.5 GB in fp32)
+
+
+class BadNumbers(ArithmeticError):
+    """A loss or gradient is NaN or infinite. The update was not applied."""
+
+
+# ---------------------------------------------------------------- load
+
+def resolve_model(name: str) -> tuple[str, Path | None]:
+    """Base model (folder or hub id) and adapter folder, if any, of what a user calls a model.
+
+    name: `toy`, a hub id, a short name, a local model folder, a run directory (its newest checkpoint) or a
+    checkpoint / PEFT adapter folder. Raises UserError for a name that can be none of these.
+    """
+    if name == "toy":
+        return str(TOY), None
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"], folder
+        run = read_run(folder)
+        if run is None:
+            return name, None
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise UserError(f"run directory {name} holds no finished checkpoint (step_...)")
+        return resolve_model(run["flags"]["model"])[0], newest
+    if "/" in name:
+        return name, None
+    for family, organisation in ORGANISATIONS.items():
+        if name.lower().startswith(family.lower()):
+            return f"{organisation}/{name}", None
+    raise UserError(f"model {name!r} is unknown{nearest(name, ['toy', *ORGANISATIONS])}; give 'toy', a hub id "
+                    f"(owner/name), a local folder, or a short name that begins with one of {', '.join(ORGANISATIONS)}")
+
+
+def read_run(folder: Path) -> dict | None:
+    """config.json of a run directory, or None where the folder is not one."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return config if "flags" in config else None
+
+
+def pick_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None, trainable_adapter: bool = False):
+    """(model, tokenizer) of `resolve_model(name)`, in evaluation mode, adapter attached where there is one.
+
+    dtype: "auto" is bfloat16 on CUDA and float32 elsewhere. Only safetensors are read, never a pickle, and no
+    code of the checkpoint is run. Raises UserError where the model cannot be loaded.
+    """
+    base, adapter = resolve_model(name)
+    device = device or pick_device()
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "folder" if Path(base).is_dir() else "hub model"
+        raise UserError(f"model {name!r} could not be loaded from the {what} {base}: {reason} Without internet, give "
+                        "--model a local folder with config.json, tokenizer files and *.safetensors") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
+    model = model.to(device).eval()
+    check_head(model)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_head(model) -> None:
+    """Refuse models whose logits are more than a linear head on the last hidden state (soft-capping, scaling)."""
+    ids = torch.arange(4, device=model.device)[None]                              # (1, 4)
+    expected = model(input_ids=ids, use_cache=False).logits                       # (1, 4, V)
+    base, head = _backbone_and_head(model)
+    found = head(base(input_ids=ids, use_cache=False).last_hidden_state)          # (1, 4, V)
+    gap = (expected - found).abs().max().item()
+    if not gap <= 1e-2 * expected.abs().max().item() + 1e-3:
+        raise UserError(f"{model.config.model_type} models change their logits after the output layer (by up to {gap:.3g} "
+                        "here), which this learner does not reproduce; use another model")
+
+
+def add_lora(model, rank: int, alpha: int, seed: int) -> PeftModel:
+    """The model with a fresh fp32 LoRA adapter on every linear layer but the head; dropout 0, B = 0.
+
+    At the start the adapter changes nothing: `model.disable_adapter()` is the reference model at any time.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+def _backbone_and_head(model):
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    return causal.base_model, causal.get_output_embeddings()
+
+
+def token_logprobs(model, rollouts: list, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of every completion token of B rollouts, and the row it belongs to: (N,) fp32, (N,) int.
+
+    The backbone runs once; the vocabulary head sees completion positions only, a chunk at a time, so that the
+    full (B, L, V) logits never exist. Masks come from lengths: the pad token may be the end token.
+    """
+    device = model.device
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    ids = torch.zeros(len(rollouts), max(lengths), dtype=torch.long)                    # (B, L)
+    attend, target = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)     # (B, L)
+    for row, (rollout, length) in enumerate(zip(rollouts, lengths)):
+        ids[row, :length] = torch.tensor([*rollout.prompt_ids, *rollout.completion_ids])
+        attend[row, :length] = 1
+        target[row, len(rollout.prompt_ids):length] = True
+    rows = target.nonzero()[:, 0].to(device)                                            # (N,)
+    ids, attend, target = ids.to(device), attend.to(device), target.to(device)
+    backbone, head = _backbone_and_head(model)
+    hidden = backbone(input_ids=ids, attention_mask=attend, use_cache=False).last_hidden_state   # (B, L, D)
+    hidden = hidden[:, :-1][target[:, 1:]]                                              # (N, D)  position t predicts t + 1
+    tokens = ids[target]                                                                # (N,)
+
+    def chosen(hidden: Tensor, tokens: Tensor) -> Tensor:
+        logits = head(hidden).float() / temperature                                     # (chunk, V)
+        return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)          # (chunk,)
+
+    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    if len(tokens) <= size:
+        return chosen(hidden, tokens), rows
+    parts = [checkpoint(chosen, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), tokens.split(size))]
+    return torch.cat(parts), rows                                                       # (N,), (N,)
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of rows, longest first, in batches of at most `budget` tokens, padding included.
+
+    A row longer than the budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+# ---------------------------------------------------------------- one update
+
+def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: int, temperature: float,
+           micro_batch_tokens: int, max_grad_norm: float) -> dict:
+    """One policy-gradient step on rollouts [B] with weights (B,). Rows of weight 0 have no gradient and are left out.
+
+    num_samples: P * n of the whole step, the one normaliser. Returns grad_norm (before clipping at max_grad_norm; 0 if
+    every weight is 0: then nothing is changed), learned_tokens, and the gap |sampler - learner| of the
+    log-probabilities in nats, mean and maximum over the learned tokens (None without any).
+    Raises BadNumbers, with the parameters untouched, if the loss or gradient is not finite.
+    """
+    kept = [i for i, weight in enumerate(weights.tolist()) if weight != 0]
+    if not kept:
+        return {"grad_norm": 0.0, "learned_tokens": 0, "logprob_gap_mean": None, "logprob_gap_max": None}
+    optimizer.zero_grad(set_to_none=True)
+    lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids) for i in kept]
+    gap_sum, gap_max, learned = 0.0, 0.0, 0
+    for batch in micro_batches(lengths, micro_batch_tokens):
+        indices = [kept[i] for i in batch]
+        chosen = [rollouts[i] for i in indices]
+        logprobs, rows = token_logprobs(model, chosen, temperature)                     # (N,), (N,)
+        token_weights = weights[indices].to(logprobs.device, logprobs.dtype)[rows]      # (N,)
+        loss = rspo.policy_gradient_loss(logprobs, token_weights, num_samples)          # ()
+        if not torch.isfinite(loss):
+            raise BadNumbers(f"the loss is {loss.item()}")
+        loss.backward()
+        sampled = torch.tensor([x for rollout in chosen for x in rollout.logprobs], device=logprobs.device)   # (N,)
+        gap = (logprobs.detach() - sampled).abs()                                       # (N,)
+        gap_sum, gap_max, learned = gap_sum + gap.sum().item(), max(gap_max, gap.max().item()), learned + len(gap)
+    parameters = list(trainable(model).values())
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not grad_norm < float("inf"):
+        raise BadNumbers(f"the gradient norm is {grad_norm}")
+    optimizer.step()
+    return {"grad_norm": grad_norm, "learned_tokens": learned, "logprob_gap_mean": gap_sum / learned, "logprob_gap_max": gap_max}
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_checkpoint(run: Path, step: int, model: PeftModel, optimizer, state: dict) -> Path:
+    """Write run/step_000100/: the adapter in PEFT's layout, optimizer.safetensors, state.json. Atomic, no pickle."""
+    final = Path(run) / f"step_{step:06d}"
+    unfinished = Path(run) / f".{final.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    moments = {f"{name}.{key}": value.reshape(-1) if value.ndim == 0 else value
+               for name, parameter in trainable(model).items() for key, value in optimizer.state[parameter].items()}
+    save_file({name: value.contiguous() for name, value in moments.items()}, unfinished / "optimizer.safetensors")
+    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
+    for path in [*unfinished.iterdir(), unfinished]:       # on disk before the rename makes it count
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(unfinished, final)
+    return final
+
+
+def load_checkpoint(folder: Path, model: PeftModel, optimizer) -> dict:
+    """Put adapter and optimizer back as `save_checkpoint` left them; returns its state, `step` included."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    moments = load_file(folder / "optimizer.safetensors")
+    saved = optimizer.state_dict()
+    saved["state"] = {}
+    for index, name in enumerate(trainable(model)):
+        if f"{name}.step" in moments:
+            saved["state"][index] = {"step": moments[f"{name}.step"][0], "exp_avg": moments[f"{name}.exp_avg"],
+                                     "exp_avg_sq": moments[f"{name}.exp_avg_sq"]}
+    optimizer.load_state_dict(saved)
+    return json.loads((folder / "state.json").read_text())
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return max(Path(run).glob("step_[0-9]*"), default=None)

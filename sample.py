@@ -1,0 +1,229 @@
+"""Rollouts and the samplers that make them; as a script, n answers to each problem in a JSONL file.
+
+    python sample.py                                               the toy model on held-out Countdown problems
+    python sample.py --model runs/x --n 64 --out samples.jsonl     a trained run; then: python evaluate.py --model samples.jsonl
+
+A sampler draws from softmax(logits / temperature) over the whole vocabulary, nothing cut off (no top-k, no
+top-p): training is only right for the distribution that was sampled. Both samplers say with which
+log-probability they drew each token, so that the learner can be held against it.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor
+
+import policy
+import tasks
+from tasks import Problem, UserError
+
+ROW_TOKENS = 2**18          # prompt and answer tokens that transformers' generate holds in its cache at a time
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]     # ends with an end token iff the model stopped by itself
+    logprobs: tuple[float, ...]         # of completion_ids, the sampler's own, in nats, at the sampling temperature
+    text: str                           # the completion without its end token
+    finished: bool                      # False: cut off at max_new_tokens
+
+
+# ---------------------------------------------------------------- prompts
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """All tokens that end an answer: the tokenizer's and the generation config's (Qwen has two)."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [tokenizer.eos_token_id, *configured] if i is not None})
+
+
+def encode_prompts(problems: list[Problem], tokenizer, context: int, max_new_tokens: int) -> list[tuple[int, ...]]:
+    """Token ids of each problem's prompt. Raises UserError if one and its answer do not fit the context (tokens)."""
+    prompts = []
+    for problem in problems:
+        text = tasks.render(problem, tokenizer)
+        # A chat template writes its own special tokens; a plain prompt gets the tokenizer's (a BOS, for some).
+        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        if len(ids) + max_new_tokens > context:
+            raise UserError(f"problem {problem.id}: prompt of {len(ids)} tokens + --max-new-tokens {max_new_tokens} exceed "
+                            f"the model's context of {context} tokens")
+        prompts.append(tuple(ids))
+    return prompts
+
+
+# ---------------------------------------------------------------- transformers
+
+class HFSampler:
+    """Samples with transformers' generate, from the very model object that learns: it is never out of date."""
+
+    adapter_root = None         # needs no adapter files
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.stops = model, tokenizer, stop_ids(model, tokenizer)
+        # Replaces the checkpoint's own settings, which may hold a top-k, a top-p or a repetition penalty.
+        self.settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                         eos_token_id=self.stops, pad_token_id=tokenizer.pad_token_id)
+
+    def sync(self, adapter_dir: Path, version: int) -> None:
+        """Nothing to do: the model is shared."""
+
+    def generate(self, prompts, n: int, temperature: float, max_new_tokens: int, seed: int) -> list[list[Rollout]]:
+        """n rollouts [P][n] of each prompt (token ids). The same arguments give the same rollouts on the same machine."""
+        torch.manual_seed(seed)
+        rows = sorted((i for i in range(len(prompts)) for _ in range(n)), key=lambda i: -len(prompts[i]))
+        groups: list[list[Rollout]] = [[] for _ in prompts]
+        while rows:
+            size = max(1, ROW_TOKENS // (len(prompts[rows[0]]) + max_new_tokens))
+            batch, rows = rows[:size], rows[size:]
+            for i, rollout in zip(batch, self._generate_rows([prompts[i] for i in batch], temperature, max_new_tokens)):
+                groups[i].append(rollout)
+        return groups
+
+    @torch.no_grad()
+    def _generate_rows(self, prompts, temperature: float, max_new_tokens: int) -> list[Rollout]:
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])             # (B, L) padded left
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])         # (B, L)
+        recorder = _Recorder(temperature)
+        self.settings.max_new_tokens = max_new_tokens
+        self.model.generation_config = self.settings
+        sequences = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
+                                        generation_config=self.settings, logits_processor=[recorder])
+        logprobs = recorder.finish(sequences)                                                   # [B][new]
+        return [make_rollout(prompt, sequence, values, self.stops, self.tokenizer)
+                for prompt, sequence, values in zip(prompts, sequences[:, longest:].tolist(), logprobs)]
+
+
+class _Recorder(LogitsProcessor):
+    """Applies the temperature and notes each chosen token's log-probability, one step's logits at a time."""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.last, self.chosen = temperature, None, []
+
+    def __call__(self, input_ids, scores):
+        if self.last is not None:
+            self.chosen.append(self.last.gather(-1, input_ids[:, -1:]))                         # (B, 1)
+        self.last = (scores / self.temperature).log_softmax(-1)                                 # (B, V)
+        return self.last
+
+    def finish(self, sequences) -> list[list[float]]:
+        self.chosen.append(self.last.gather(-1, sequences[:, -1:]))
+        return torch.cat(self.chosen, 1).tolist()
+
+
+def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
+    """A rollout of what was generated, cut behind its first end token: what follows it is padding."""
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    finished = end is not None
+    ids = tuple(ids[:end + 1] if finished else ids)
+    text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+    return Rollout(tuple(prompt), ids, tuple(logprobs[:len(ids)]), text, finished)
+
+
+# ---------------------------------------------------------------- the script, and what it shares with evaluate and train
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that train.py, sample.py and evaluate.py share. None = follows from the model's task (`fill_in`)."""
+    group = parser.add_argument_group("model and sampling")
+    group.add_argument("--data", help="data set: countdown, countdown-graded, math, gsm8k, math500, ..., a hub data set or a "
+                       ".jsonl; ':train' and ':test' take a fixed part (toy: countdown, else math)")
+    group.add_argument("--n", type=int, help="answers sampled per problem (toy 16; evaluation: 64)")
+    group.add_argument("--temperature", type=float, help="sampling temperature, > 0 (default 1)")
+    group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (toy 12, else 2048)")
+    group.add_argument("--sampler", choices=("auto", "hf"), help="what samples: transformers (default auto = hf)")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                       help="of the frozen base model (default auto: bfloat16 on CUDA, else float32)")
+    group.add_argument("--limit", type=int, help="use that many of the evaluation problems (toy 200, else all)")
+    group.add_argument("--seed", type=int, help="of everything random (default 0)")
+
+
+def is_toy(model: str) -> bool:
+    return policy.resolve_model(model)[0] == str(policy.TOY)
+
+
+def fill_in(args: argparse.Namespace, defaults: dict) -> None:
+    """Give every flag that was left out (None) its default, and refuse sampling settings that cannot work."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, low in (("n", 1), ("max_new_tokens", 1), ("limit", 1)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least {low}")
+    if not 0 < args.temperature < float("inf"):
+        raise UserError(f"--temperature is {args.temperature}, but must be above 0")
+
+
+def sampling_defaults(model: str) -> dict:
+    """Settings that follow from the model: of a run, its own; of the toy, Countdown's; else mathematics'."""
+    run = policy.read_run(Path(model)) or policy.read_run(Path(model).parent)
+    if run:
+        flags = run["flags"]
+        return {"data": flags["eval_data"], "n": 64, "limit": flags["limit"],
+                **{name: flags[name] for name in ("temperature", "max_new_tokens", "sampler", "dtype", "seed")}}
+    toy = is_toy(model)
+    return {"data": "countdown:test" if toy else "math500", "n": 64, "temperature": 1.0, "sampler": "auto", "dtype": "auto",
+            "max_new_tokens": 12 if toy else 2048, "limit": 200 if toy else None, "seed": 0}
+
+
+def context_length(model) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
+
+
+def sample_problems(sampler, prompts, n: int, temperature: float, max_new_tokens: int, seed: int, label: str):
+    """Yield the n rollouts of each prompt, in order, with a progress bar. Seeded by block, so a block can be redone."""
+    block = max(1, ROW_TOKENS // (n * (max(map(len, prompts)) + max_new_tokens)))
+    with tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=None) as bar:
+        for start in range(0, len(prompts), block):
+            groups = sampler.generate(prompts[start:start + block], n, temperature, max_new_tokens, seed + start)
+            yield from groups
+            bar.update(len(groups))
+
+
+def sample_to_lines(args: argparse.Namespace):
+    """Load args.model and yield one samples.jsonl row (a dict) a problem of args.data: `answers` [n] and settings."""
+    problems = tasks.load_problems(args.data, args.limit)
+    model, tokenizer = policy.load_model(args.model, args.dtype)
+    prompts = encode_prompts(problems, tokenizer, context_length(model), args.max_new_tokens)
+    groups = sample_problems(HFSampler(model, tokenizer), prompts, args.n, args.temperature, args.max_new_tokens, args.seed,
+                             f"sampling {args.model}")
+    for problem, group in zip(problems, groups):
+        yield {"id": problem.id, "task": problem.task, "problem": problem.question, "answer": problem.answer,
+               "model": args.model, "data": args.data, "temperature": args.temperature, "seed": args.seed,
+               "answers": [{"text": r.text, "finished": r.finished, "tokens": len(r.completion_ids)} for r in group]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="toy", help="toy, hub id, short name, local folder or run directory (default toy)")
+    add_flags(parser)
+    parser.add_argument("--out", type=Path, default=Path("samples.jsonl"), help="file to write (default samples.jsonl)")
+    args = parser.parse_args()
+    fill_in(args, sampling_defaults(args.model))
+    if args.out.exists():
+        raise UserError(f"--out {args.out} exists already; give another name or move it away")
+    count = 0
+    for row in sample_to_lines(args):           # the file appears with its first line, and grows as samples come
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        count += 1
+    print(f"wrote {count} problems x {args.n} answers to {args.out}; next: python evaluate.py --model {args.out}")
+
+
+def run_script(main) -> None:
+    """Run a script's main: what the user can put right ends in one sentence and exit code 1, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+if __name__ == "__main__":
+    run_script(main)

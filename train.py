@@ -1,0 +1,402 @@
+"""Train a language model for the best of its k answers, with RSPO. One GPU, or the CPU for the toy.
+
+    python train.py                                        the embedded toy model on Countdown, about two minutes on 2 cores
+    python train.py --model Qwen2.5-Math-1.5B --k 4        the real thing
+    python train.py --resume runs/x                        go on where a run stopped
+
+A step is: batch -> generate -> grade -> weigh -> update -> sync -> log. One on-policy update a step: no clipping, no
+ratio, no KL term, no value model. What is left out on purpose: multi-GPU, full fine-tuning, async sampling.
+
+A run directory holds config.json (every setting), metrics.jsonl (a row a step), evals.jsonl (rewards of every
+evaluation), samples.jsonl (a few answers to read), step_000100/ (adapter, optimizer, state) and figures.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import evaluate
+import policy
+import rspo
+import sample
+import tasks
+from tasks import UserError
+
+OBJECTIVES = {"passk": rspo.pass_at_k_weights, "maxk": rspo.max_at_k_weights, "groupmax": rspo.group_max_weights}
+
+
+# ---------------------------------------------------------------- the loop
+
+def train(args: argparse.Namespace, run: Path, problems, held_out, checkpoint: Path | None) -> None:
+    """Train on problems as args say, in run directory `run`, from its checkpoint where given."""
+    model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True)
+    if not policy.trainable(model):
+        model = policy.add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+    prompts, eval_prompts = (sample.encode_prompts(each, tokenizer, sample.context_length(model), args.max_new_tokens)
+                             for each in (problems, held_out))
+    optimizer = torch.optim.AdamW(policy.trainable(model).values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    start, skipped = 0, 0                                   # steps done; steps without a single non-zero weight
+    if checkpoint:
+        state = policy.load_checkpoint(checkpoint, model, optimizer)
+        start, skipped = state["step"], state["skipped"]
+    sampler = sample.HFSampler(model, tokenizer)
+    log, stop = RunLog(run, start), StopRequest()
+
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", disable=None):
+        if step == 0 or args.eval_every and step % args.eval_every == 0:
+            evaluate_policy(args, log, step, sampler, held_out, eval_prompts)
+        clock = Clock()
+        ks = ks_at(args.k, step, args.steps)
+        batch = batch_at(len(problems), step, args.prompts, args.seed)                                  # [P]
+        groups = sampler.generate([prompts[i] for i in batch], args.n, args.temperature,
+                                  args.max_new_tokens, seed_at(args.seed, step, args.prompts * args.n))  # [P][n]
+        clock.lap("sample")
+        rewards = torch.tensor(tasks.grade_all([problems[i] for i in batch], responses(groups)))        # (P, n)
+        clock.lap("grade")
+        try:
+            weights = weigh(rewards, ks, args.objective, args.baseline)                                 # (P, n)
+            stats = policy.update(model, optimizer, [r for group in groups for r in group], weights.flatten(),
+                                  num_samples=weights.numel(), temperature=args.temperature,
+                                  micro_batch_tokens=args.micro_batch_tokens, max_grad_norm=args.max_grad_norm)
+        except policy.BadNumbers as error:
+            policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped})
+            raise UserError(f"step {step + 1} was not applied: {error}. What was learned before it is in {run}; lower --lr or "
+                            "look at the data") from error
+        clock.lap("learn")
+        skipped += stats["learned_tokens"] == 0
+        log.step(metrics_row(step + 1, ks, groups, rewards, weights, stats, clock, problems[0].task, skipped), args.steps)
+        if stop.requested or step + 1 == args.steps or (step + 1) % args.save_every == 0:
+            policy.save_checkpoint(run, step + 1, model, optimizer, {"skipped": skipped})
+        if stop.requested:
+            print(f"\nstopped after step {step + 1}; go on with: python train.py --resume {run}")
+            sys.exit(128 + stop.requested)
+    evaluate_policy(args, log, args.steps, sampler, held_out, eval_prompts)
+    log.report(held_out)
+
+
+def evaluate_policy(args: argparse.Namespace, log: "RunLog", step: int, sampler, held_out, prompts) -> None:
+    """Sample --eval-n answers to each held-out problem and log their rewards, once for each step."""
+    if step in log.evaluated:
+        return
+    groups = list(sample.sample_problems(sampler, prompts, args.eval_n, args.temperature, args.max_new_tokens,
+                                         seed=args.seed + 10**15, label=f"evaluating at step {step}"))
+    log.evaluation(step, held_out, groups, tasks.grade_all(held_out, responses(groups)))
+
+
+def responses(groups) -> list[list[tuple[str, bool]]]:
+    """What a grader sees of rollouts [P][n]: text, and whether the model finished."""
+    return [[(rollout.text, rollout.finished) for rollout in group] for group in groups]
+
+
+def seed_at(seed: int, step: int, samples: int) -> int:
+    """Seed of a step's sampling: a block of `samples` seeds of its own, so that no two samples of a run share one."""
+    return seed * 10**10 + step * samples
+
+
+def weigh(rewards: torch.Tensor, ks: tuple[int, ...], objective: str, baseline: str) -> torch.Tensor:
+    """(P, n) weights of (P, n) rewards: the mean over ks of each objective's weights."""
+    if not torch.isfinite(rewards).all():
+        raise policy.BadNumbers(f"a reward is {rewards[~torch.isfinite(rewards)][0].item()}")
+    weight_fn = rspo.leave_one_out_weights if baseline == "loo" else OBJECTIVES[objective]
+    return torch.stack([weight_fn(rewards, k) for k in ks]).mean(0)                         # (P, n)
+
+
+def batch_at(num_problems: int, step: int, size: int, seed: int) -> list[int]:
+    """Problem indices of a step: walks through a fresh shuffle of all problems each epoch. A pure function of its arguments."""
+    indices = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(position, num_problems)
+        if not indices or offset == 0:
+            order = random.Random(f"{seed}/{epoch}").sample(range(num_problems), num_problems)
+        indices.append(order[offset])
+    return indices
+
+
+def ks_at(spec: str, step: int, steps: int) -> tuple[int, ...]:
+    """The ks of a step: "4" is one, "1,4,16" a mixture, "8:1" anneals 8, 7, ..., 1 with an equal share of the run each."""
+    if ":" in spec:
+        first, last = map(int, spec.split(":"))
+        values = range(first, last - 1, -1) if first >= last else range(first, last + 1)
+        return (values[step * len(values) // steps],)
+    return tuple(map(int, spec.split(",")))
+
+
+# ---------------------------------------------------------------- what a step reports
+
+def metrics_row(step, ks, groups, rewards, weights, stats, clock, task, skipped) -> dict:
+    """One row of metrics.jsonl. Every column is defined in the README."""
+    rollouts = [r for group in groups for r in group]
+    tokens = sum(len(r.completion_ids) for r in rollouts)
+    metric = "max" if task == "countdown-graded" else "pass"
+    best = torch.stack([rspo.max_at_k(rewards, k).mean() for k in ks]).mean().item()
+    return {
+        "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
+        f"{metric}@1": rspo.max_at_k(rewards, 1).mean().item(), f"{metric}@k": best,
+        "zero_weight_prompts": (weights == 0).all(-1).double().mean().item(), "skipped_steps": skipped,
+        "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
+        "completion_tokens": tokens / len(rollouts),
+        "entropy": -sum(sum(r.logprobs) for r in rollouts) / len(rollouts),
+        "grad_norm": stats["grad_norm"],
+        "logprob_gap_mean": stats["logprob_gap_mean"], "logprob_gap_max": stats["logprob_gap_max"],
+        "grader_failures": tasks.graders().failures,
+        "sample_tokens_per_s": tokens / clock.laps["sample"],
+        "learn_tokens_per_s": stats["learned_tokens"] / clock.laps["learn"],
+        "seconds": sum(clock.laps.values()), **{f"{part}_seconds": value for part, value in clock.laps.items()},
+        "peak_memory_gb": peak_memory_gb(),
+    }
+
+
+def tripwires(row: dict) -> dict[str, str]:
+    """Name -> sentence of every alarm a metrics row sets off: what it means, what to change."""
+    alarms = {}
+    if row["truncated"] > 0.5:
+        alarms["truncated"] = f"{row['truncated']:.0%} of the answers are cut off and earn 0: raise --max-new-tokens"
+    if row["zero_weight_prompts"] > 0.95:
+        alarms["zero"] = (f"{row['zero_weight_prompts']:.0%} of the prompts have no signal (all wrong, or nearly all right): take "
+                          "easier or harder --data, a larger --n, or graded rewards")
+    if (row["logprob_gap_mean"] or 0) > 0.05:
+        alarms["gap"] = (f"sampler and learner disagree by {row['logprob_gap_mean']:.3f} nats a token on average: training is "
+                         "off-policy; use --dtype float32, or check the adapter sync")
+    if row["entropy"] < 0.05:
+        alarms["entropy"] = (f"entropy is {row['entropy']:.3f} nats an answer: the policy has collapsed to one answer a prompt; "
+                             "lower --lr or raise --k")
+    return alarms
+
+
+def peak_memory_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024                      # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self):
+        self.laps, self._last = {}, time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.laps[part], self._last = now - self._last, now
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: finish the step, save, leave. A second one leaves at once."""
+
+    def __init__(self):
+        self.requested = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number, frame) -> None:
+        self.requested = number
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step (once more: at once)", flush=True)
+
+
+class RunLog:
+    """The files of a run directory that grow, cut back to what a resumed run has really done."""
+
+    def __init__(self, run: Path, step: int):
+        """step: of the checkpoint that training goes on from; rows after it will be made again."""
+        self.run, self.alarmed = run, set()
+        self._cut("metrics.jsonl", lambda row: row["step"] <= step)
+        self.evaluated = {row["step"] for row in self._cut("evals.jsonl", lambda row: row["step"] <= step)}
+        self._cut("samples.jsonl", lambda row: row["step"] in self.evaluated)
+
+    def _cut(self, name: str, keep) -> list[dict]:
+        path = self.run / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if line.endswith("\n") and keep(json.loads(line))]     # a killed run leaves half a line
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(lines))
+        unfinished.replace(path)
+        return [json.loads(line) for line in lines]
+
+    def _append(self, name: str, row: dict) -> None:
+        with (self.run / name).open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def step(self, row: dict, steps: int) -> None:
+        self._append("metrics.jsonl", row)
+        for name, sentence in tripwires(row).items():
+            if name not in self.alarmed:
+                tqdm.write(f"step {row['step']}: {sentence}")
+                self.alarmed.add(name)
+        if row["step"] % max(1, steps // 10) == 0 or row["step"] == 1:
+            best = next(key for key in row if key.endswith("@k"))
+            gap = "-" if row["logprob_gap_max"] is None else f"{row['logprob_gap_mean']:.1e} (max {row['logprob_gap_max']:.1e})"
+            tqdm.write(f"step {row['step']:>5d}/{steps}  reward {row['reward']:.3f}  {best} {row[best]:.3f} (k = {row['k']})  "
+                       f"zero-weight prompts {row['zero_weight_prompts']:.0%}  cut off {row['truncated']:.0%}  "
+                       f"tokens {row['completion_tokens']:.1f}  entropy {row['entropy']:.2f}  grad norm {row['grad_norm']:.2f}  "
+                       f"log-prob gap {gap}  {row['seconds']:.2f} s (sample {row['sample_seconds'] / row['seconds']:.0%}, "
+                       f"grade {row['grade_seconds'] / row['seconds']:.0%}, learn {row['learn_seconds'] / row['seconds']:.0%})")
+
+    def evaluation(self, step: int, problems, groups, rewards) -> None:
+        for problem, group, values in list(zip(problems, groups, rewards))[:4]:
+            self._append("samples.jsonl", {
+                "step": step, "id": problem.id, "task": problem.task, "problem": problem.question, "answer": problem.answer,
+                "answers": [{"text": r.text, "finished": r.finished, "tokens": len(r.completion_ids), "reward": value}
+                            for r, value in list(zip(group, values))[:4]]})
+        self._append("evals.jsonl", {"step": step, "ids": [p.id for p in problems], "rewards": rewards})    # last: it counts
+        self.evaluated.add(step)
+
+    def report(self, problems) -> None:
+        """Table and figures of the run, before against after, and a few answers to read."""
+        evals = [json.loads(line) for line in (self.run / "evals.jsonl").read_text().splitlines()]
+        last = evals[-1]["step"]
+        ks = tuple(k for k in evaluate.powers_of_two(len(evals[0]["rewards"][0])) if k <= 32)
+        curves = [evaluate.make_curve(name, problems, row["rewards"], ks)
+                  for name, row in (("before training", evals[0]), (f"after {last} steps", evals[-1]))]
+        print("\nheld-out problems, answers sampled at the training temperature\n" + evaluate.table(curves))
+        evaluate.plot(curves, self.run / "curves.png", f"{self.run.name}: before and after")
+        evaluate.plot_history([json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()],
+                              self.run / "history.png")
+        print("\na few answers after training (reward)")
+        for line in (self.run / "samples.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row["step"] == last:
+                answers = "   ".join(f"{a['text'][-200:]} ({a['reward']:g})" for a in row["answers"])
+                print(f"  {row['problem'][:200]}  ->  {answers}")
+        print(f"\nfigures: {self.run}/curves.png and {self.run}/history.png; evaluate it with: python evaluate.py --model {self.run}")
+
+
+# ---------------------------------------------------------------- flags
+
+TOY_DEFAULTS = {"data": "countdown", "n": 16, "prompts": 32, "steps": 400, "max_new_tokens": 12, "lr": 1e-3, "lora_rank": 8,
+                "micro_batch_tokens": 16384, "eval_n": 64, "limit": 200, "save_every": 50}
+DEFAULTS = {"data": "math", "n": 16, "prompts": 32, "steps": 200, "max_new_tokens": 2048, "lr": 2e-5, "lora_rank": 16,
+            "micro_batch_tokens": 16384, "eval_n": 16, "limit": None, "save_every": 20}
+ALWAYS = {"objective": "passk", "baseline": "none", "k": "4", "temperature": 1.0, "sampler": "auto", "dtype": "auto", "seed": 0,
+          "lora_alpha": 32, "max_grad_norm": 1.0, "eval_every": 0, "eval_data": None, "model": "toy"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags default to None here: what was not given follows from the model's task (`settle`)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help="toy, hub id, short name (Qwen2.5-Math-1.5B), local folder or run directory (default toy)")
+    method = parser.add_argument_group("method")
+    method.add_argument("--k", help="train for the best of k answers: 4, a list 1,4,16 (mean of the objectives), or a schedule "
+                        "8:1 (annealed over the run) (default 4; 1 = the ordinary policy gradient)")
+    method.add_argument("--objective", help="passk (0/1 rewards), maxk (any rewards) or groupmax, the paper's baseline (default passk)")
+    method.add_argument("--baseline", choices=("none", "loo"), help="loo: subtract the leave-one-out baseline (default none)")
+    learning = parser.add_argument_group("learning")
+    learning.add_argument("--prompts", type=int, help="problems a step (default 32)")
+    learning.add_argument("--steps", type=int, help="updates (toy 400, else 200)")
+    learning.add_argument("--lr", type=float, help="AdamW learning rate of the adapter (toy 1e-3, else 2e-5)")
+    learning.add_argument("--lora-rank", type=int, help="rank of the adapter (toy 8, else 16)")
+    learning.add_argument("--lora-alpha", type=int, help="scale of the adapter is alpha / rank (default 32)")
+    learning.add_argument("--max-grad-norm", type=float, help="clip the gradient's norm (default 1; inf = off)")
+    learning.add_argument("--micro-batch-tokens", type=int, help="tokens in one forward and backward; changes memory, not the "
+                          "gradient (default 16384)")
+    sample.add_flags(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--run", type=Path, help="run directory (default runs/<model>-<objective>-k<k>-<time>)")
+    run.add_argument("--resume", type=Path, help="run directory to go on with; takes every setting from it")
+    run.add_argument("--eval-data", help="held-out data (default: math500 for math, gsm8k-test for gsm8k, else the data's :test)")
+    run.add_argument("--eval-every", type=int, help="steps between evaluations (default 0 = before and after only)")
+    run.add_argument("--eval-n", type=int, help="answers a problem in evaluations (toy 64, else 16)")
+    run.add_argument("--save-every", type=int, help="steps between checkpoints (toy 50, else 20)")
+    return parser
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Flags with everything settled, or a UserError that says which numbers cannot go together."""
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        if flag.split("=")[0] in ("--top-p", "--top-k", "--min-p"):
+            raise UserError(f"{flag} is not for training: RSPO's gradient is right only for the distribution that is sampled, which "
+                            "is the full softmax at --temperature")
+        if flag.startswith("-"):
+            raise UserError(f"flag {flag} is unknown{tasks.nearest(flag, parser._option_string_actions)}; see --help")
+    if unknown:
+        raise UserError(f"{unknown[0]!r} belongs to no flag; see --help")
+    if args.resume:
+        extra = [name for name, value in vars(args).items() if value is not None and name != "resume"]
+        if extra:
+            raise UserError(f"--resume takes every setting from {args.resume}/config.json; leave out --{extra[0].replace('_', '-')}")
+        return args
+    args.model = args.model or "toy"
+    sample.fill_in(args, {**ALWAYS, **(TOY_DEFAULTS if sample.is_toy(args.model) else DEFAULTS)})
+    check_flags(args)
+    if args.run is None:
+        name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
+        args.run = Path("runs") / name.replace(":", "to").replace(",", "_")
+    if args.run.exists():
+        raise UserError(f"run directory {args.run} exists already: go on with --resume {args.run}, or give another --run")
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for settings that cannot work, with the numbers."""
+    if args.objective not in OBJECTIVES:
+        raise UserError(f"--objective {args.objective!r} is unknown{tasks.nearest(args.objective, OBJECTIVES)}; give one of "
+                        f"{', '.join(OBJECTIVES)}")
+    for name in ("prompts", "steps", "lora_rank", "lora_alpha", "micro_batch_tokens", "eval_n", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
+    for name in ("lr", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
+    if args.eval_every < 0:
+        raise UserError(f"--eval-every is {args.eval_every}, but must be 0 (off) or more")
+    try:
+        ks = {k for step in range(args.steps) for k in ks_at(args.k, step, args.steps)}
+    except ValueError:
+        raise UserError(f"--k is {args.k!r}, but must be a number (4), a list (1,4,16) or a schedule (8:1)") from None
+    for k in sorted(ks):
+        if not 1 <= k <= args.n:
+            raise UserError(f"--k is {args.k}, but every k must lie in 1..n, and --n is {args.n}")
+        if args.objective == "groupmax" and args.n % k:
+            raise UserError(f"--objective groupmax needs n divisible by k, but --n is {args.n} and k is {k}")
+        if args.baseline == "loo" and k > args.n - 1:
+            raise UserError(f"--baseline loo needs k <= n - 1, but --n is {args.n} and k is {k}")
+    if args.objective == "groupmax" and args.baseline == "loo":
+        raise UserError("--baseline loo is for passk and maxk; groupmax is the paper's plain baseline: leave --baseline out")
+
+
+def write_config(run: Path, args: argparse.Namespace) -> None:
+    try:
+        run.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"run directory {run} cannot be made: {error.strerror}; give another --run") from error
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    flags = {name: value for name, value in vars(args).items() if name not in ("run", "resume")}
+    config = {"flags": flags, "versions": versions, "git_commit": commit or None}
+    (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_flags(argv)
+    run, checkpoint = args.run, None
+    if args.resume:
+        run = args.resume
+        config = policy.read_run(run)
+        if config is None:
+            raise UserError(f"--resume {run}: no run directory there (no config.json of train.py)")
+        args, checkpoint = argparse.Namespace(**config["flags"]), policy.newest_checkpoint(run)
+        print(f"going on with {run} from {checkpoint.name if checkpoint else 'its start'}; it has {args.steps} steps")
+    problems, held_out, args.data, args.eval_data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
+    if args.objective == "passk" and problems[0].task == "countdown-graded":
+        raise UserError(f"--objective passk needs 0/1 rewards, but {args.data} grades in [0, 1]: use --objective maxk")
+    if not run.exists():
+        write_config(run, args)
+    train(args, run, problems, held_out, checkpoint)
+
+
+if __name__ == "__main__":
+    sample.run_script(main)
