@@ -196,14 +196,18 @@ def parse_ks(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or a list such as 1,4,16") from None
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", nargs="+", default=["toy"], help="what to evaluate, one or more: toy, hub id, short name, "
                         "local folder, run directory or a .jsonl of sample.py (default toy)")
     parser.add_argument("--k", type=parse_ks, help="ks to report, e.g. 1,8,64 (default: powers of two up to n)")
     sample.add_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate.png"), help="figure (default runs/evaluate.png)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     curves = [evaluate(args, source) for source in args.model]
     print(table(curves))
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -81,6 +82,30 @@ def pick_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def pick_dtype(dtype: str) -> str:
+    return dtype if dtype != "auto" else "bfloat16" if pick_device() == "cuda" else "float32"
+
+
+@contextmanager
+def _loading(base: str):
+    """Turn what transformers raises for a model that cannot be had into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        what = "folder" if Path(base).is_dir() else "hub model"
+        raise UserError(f"the {what} {base} could not be loaded ({reason}); without internet, give --model a local folder with "
+                        "config.json, the tokenizer's files and *.safetensors") from error
+
+
+def load_tokenizer(base: str):
+    with _loading(base):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def load_model(name: str, dtype: str = "auto", device: str | None = None, trainable_adapter: bool = False):
     """(model, tokenizer) of `resolve_model(name)`, in evaluation mode, adapter attached where there is one.
 
@@ -88,23 +113,13 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, traina
     code of the checkpoint is run. Raises UserError where the model cannot be loaded.
     """
     base, adapter = resolve_model(name)
-    device = device or pick_device()
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "folder" if Path(base).is_dir() else "hub model"
-        raise UserError(f"model {name!r} could not be loaded from the {what} {base}: {reason} Without internet, give "
-                        "--model a local folder with config.json, tokenizer files and *.safetensors") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(base)
+    with _loading(base):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, pick_dtype(dtype)), use_safetensors=True)
     model.requires_grad_(False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
-    model = model.to(device).eval()
+    model = model.to(device or pick_device()).eval()
     check_head(model)
     return model, tokenizer
 
@@ -191,11 +206,25 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 # ---------------------------------------------------------------- one update
 
+@torch.no_grad()
+def agreement(model, rollouts: list, temperature: float) -> tuple[float, float]:
+    """|learner - sampler| of the log-probabilities of rollouts [B], nats a token: mean and maximum."""
+    logprobs, _ = token_logprobs(model, rollouts, temperature)                          # (N,)
+    gap = (logprobs.cpu() - _sampled(rollouts)).abs()                                   # (N,)
+    return gap.mean().item(), gap.max().item()
+
+
+def _sampled(rollouts: list) -> Tensor:
+    return torch.tensor([value for rollout in rollouts for value in rollout.logprobs])  # (N,)
+
+
 def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: int, temperature: float,
-           micro_batch_tokens: int, max_grad_norm: float) -> dict:
+           micro_batch_tokens: int, max_grad_norm: float, importance_cap: float = 0.0) -> dict:
     """One policy-gradient step on rollouts [B] with weights (B,). Rows of weight 0 have no gradient and are left out.
 
-    num_samples: P * n of the whole step, the one normaliser. Returns grad_norm (before clipping at max_grad_norm; 0 if
+    num_samples: P * n of the whole step, the one normaliser. importance_cap > 0 multiplies each token's weight by
+    min(learner's / sampler's probability, cap), for a sampler whose arithmetic differs a little (vLLM); 0 is exactly
+    on-policy. Returns grad_norm (before clipping at max_grad_norm; 0 if
     every weight is 0: then nothing is changed), learned_tokens, and the gap |sampler - learner| of the
     log-probabilities in nats, mean and maximum over the learned tokens (None without any).
     Raises BadNumbers, with the parameters untouched, if the loss or gradient is not finite.
@@ -211,13 +240,14 @@ def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: in
         chosen = [rollouts[i] for i in indices]
         logprobs, rows = token_logprobs(model, chosen, temperature)                     # (N,), (N,)
         token_weights = weights[indices].to(logprobs.device, logprobs.dtype)[rows]      # (N,)
+        gap = logprobs.detach() - _sampled(chosen).to(logprobs.device)                  # (N,)
+        if importance_cap:
+            token_weights = token_weights * gap.exp().clamp(max=importance_cap)         # (N,)
         loss = rspo.policy_gradient_loss(logprobs, token_weights, num_samples)          # ()
         if not torch.isfinite(loss):
             raise BadNumbers(f"the loss is {loss.item()}")
         loss.backward()
-        sampled = torch.tensor([x for rollout in chosen for x in rollout.logprobs], device=logprobs.device)   # (N,)
-        gap = (logprobs.detach() - sampled).abs()                                       # (N,)
-        gap_sum, gap_max, learned = gap_sum + gap.sum().item(), max(gap_max, gap.max().item()), learned + len(gap)
+        gap_sum, gap_max, learned = gap_sum + gap.abs().sum().item(), max(gap_max, gap.abs().max().item()), learned + len(gap)
     parameters = list(trainable(model).values())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not grad_norm < float("inf"):

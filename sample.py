@@ -9,20 +9,27 @@ log-probability they drew each token, so that the learner can be held against it
 """
 
 import argparse
+import atexit
+import importlib.util
 import json
+import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor
 
 import policy
 import tasks
 from tasks import Problem, UserError
 
 ROW_TOKENS = 2**18          # prompt and answer tokens that transformers' generate holds in its cache at a time
+CPU_CACHE_BYTES = 2**30     # vLLM's cache on a machine without a GPU
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)     # what vLLM can be built for; a smaller adapter fits into a larger one
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,9 @@ class Rollout:
 
 # ---------------------------------------------------------------- prompts
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """All tokens that end an answer: the tokenizer's and the generation config's (Qwen has two)."""
-    configured = model.generation_config.eos_token_id
+def stop_ids(settings: GenerationConfig, tokenizer) -> list[int]:
+    """All tokens that end an answer: the tokenizer's and the checkpoint's generation settings' (Qwen has two)."""
+    configured = settings.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [tokenizer.eos_token_id, *configured] if i is not None})
 
@@ -65,7 +72,7 @@ class HFSampler:
     adapter_root = None         # needs no adapter files
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.stops = model, tokenizer, stop_ids(model, tokenizer)
+        self.model, self.tokenizer, self.stops = model, tokenizer, stop_ids(model.generation_config, tokenizer)
         # Replaces the checkpoint's own settings, which may hold a top-k, a top-p or a repetition penalty.
         self.settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                          eos_token_id=self.stops, pad_token_id=tokenizer.pad_token_id)
@@ -76,29 +83,38 @@ class HFSampler:
     def generate(self, prompts, n: int, temperature: float, max_new_tokens: int, seed: int) -> list[list[Rollout]]:
         """n rollouts [P][n] of each prompt (token ids). The same arguments give the same rollouts on the same machine."""
         torch.manual_seed(seed)
-        rows = sorted((i for i in range(len(prompts)) for _ in range(n)), key=lambda i: -len(prompts[i]))
         groups: list[list[Rollout]] = [[] for _ in prompts]
-        while rows:
-            size = max(1, ROW_TOKENS // (len(prompts[rows[0]]) + max_new_tokens))
-            batch, rows = rows[:size], rows[size:]
-            for i, rollout in zip(batch, self._generate_rows([prompts[i] for i in batch], temperature, max_new_tokens)):
-                groups[i].append(rollout)
+        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))           # similar lengths together: less padding
+        while waiting:
+            rows = max(1, ROW_TOKENS // (len(prompts[waiting[0]]) + max_new_tokens))
+            batch, waiting = waiting[:max(1, rows // n)], waiting[max(1, rows // n):]
+            for done in range(0, n, rows):                                              # more than once only if n > rows
+                made = self._generate([prompts[i] for i in batch], min(rows, n - done), temperature, max_new_tokens)
+                for i, rollouts in zip(batch, made):
+                    groups[i] += rollouts
         return groups
 
     @torch.no_grad()
-    def _generate_rows(self, prompts, temperature: float, max_new_tokens: int) -> list[Rollout]:
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])             # (B, L) padded left
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])         # (B, L)
+    def _generate(self, prompts, n: int, temperature: float, max_new_tokens: int) -> list[list[Rollout]]:
+        device, longest, pad = self.model.device, max(map(len, prompts)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)         # (P, L) padded left
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)     # (P, L)
+        cache = None
+        if longest > 1 and n > 1:       # read each prompt once, not n times: its n answers start from copies of one cache
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)                                                 # (P, L)
+            cache = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
+                               use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(n)
+        ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)                              # (P*n, L)
         recorder = _Recorder(temperature)
         self.settings.max_new_tokens = max_new_tokens
         self.model.generation_config = self.settings
-        sequences = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
-                                        generation_config=self.settings, logits_processor=[recorder])
-        logprobs = recorder.finish(sequences)                                                   # [B][new]
-        return [make_rollout(prompt, sequence, values, self.stops, self.tokenizer)
-                for prompt, sequence, values in zip(prompts, sequences[:, longest:].tolist(), logprobs)]
+        sequences = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
+                                        generation_config=self.settings, logits_processor=[recorder])      # (P*n, L + new)
+        logprobs = recorder.finish(sequences)                                                              # [P*n][new]
+        rollouts = [make_rollout(prompts[row // n], sequence, values, self.stops, self.tokenizer)
+                    for row, (sequence, values) in enumerate(zip(sequences[:, longest:].tolist(), logprobs))]
+        return [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
 
 
 class _Recorder(LogitsProcessor):
@@ -118,6 +134,67 @@ class _Recorder(LogitsProcessor):
         return torch.cat(self.chosen, 1).tolist()
 
 
+# ---------------------------------------------------------------- vLLM
+
+class VLLMSampler:
+    """Samples with vLLM, in this process. Each policy version is a fresh adapter name, id and folder in RAM.
+
+    Fresh on all three counts, because vLLM keeps an adapter by its id and cached prompt blocks by its name: a reused one
+    would silently serve the old policy.
+    """
+
+    def __init__(self, base: str, tokenizer, stops: list[int], *, dtype: str, lora_rank: int, context: int, gpu_memory: float):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")        # in this process: starts faster, deterministic
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(f"vLLM does not fit what else is installed ({error}); pip install -r requirements.txt in a new "
+                            "environment, or take --sampler hf") from error
+
+        if lora_rank > LORA_RANKS[-1]:
+            raise UserError(f"--lora-rank is {lora_rank}, but vLLM serves ranks up to {LORA_RANKS[-1]}; lower it or take --sampler hf")
+        rank = min(r for r in LORA_RANKS if r >= lora_rank)
+        on_gpu = torch.cuda.is_available()
+        memory = {"gpu_memory_utilization": gpu_memory} if on_gpu else {"kv_cache_memory_bytes": CPU_CACHE_BYTES}
+        try:
+            self.engine = LLM(base, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=rank, max_model_len=context,
+                              logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=not on_gpu, seed=0,
+                              **memory)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"vLLM could not start on {base} with a context of {context} tokens ({str(error).splitlines()[0]}); on a "
+                            "GPU too small lower --gpu-memory or --max-new-tokens, or take --sampler hf") from error
+        self.tokenizer, self.stops, self.adapter = tokenizer, stops, None
+        self.adapter_root = Path(tempfile.mkdtemp(prefix="rspo-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        atexit.register(shutil.rmtree, self.adapter_root, ignore_errors=True)
+
+    def sync(self, adapter_dir: Path, version: int) -> None:
+        """Sample from the adapter in adapter_dir from now on; version must never have been used before."""
+        from vllm.lora.request import LoRARequest
+
+        if self.adapter is not None:
+            self.engine.llm_engine.remove_lora(self.adapter.lora_int_id)
+            if Path(self.adapter.lora_path).parent == self.adapter_root:
+                shutil.rmtree(self.adapter.lora_path, ignore_errors=True)
+        self.adapter = LoRARequest(f"policy-{version}", version + 1, str(adapter_dir))
+
+    def generate(self, prompts, n: int, temperature: float, max_new_tokens: int, seed: int) -> list[list[Rollout]]:
+        """n rollouts [P][n] of each prompt (token ids), all in one call. Sample j of prompt i draws from seed + i n + j."""
+        from vllm import SamplingParams, TokensPrompt
+
+        settings = [SamplingParams(n=n, temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0,
+                                   detokenize=False, flat_logprobs=True, stop_token_ids=self.stops, seed=seed + i * n)
+                    for i in range(len(prompts))]
+        try:
+            results = self.engine.generate([TokensPrompt(prompt_token_ids=list(p)) for p in prompts], settings,
+                                           lora_request=self.adapter, use_tqdm=False)
+        except Exception as error:      # a dead engine raises many kinds; whichever it is, sampling is over
+            raise UserError(f"vLLM stopped working ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
+        return [[make_rollout(prompt, list(output.token_ids), output.logprobs.logprobs, self.stops, self.tokenizer)
+                 for output in sorted(result.outputs, key=lambda output: output.index)]
+                for prompt, result in zip(prompts, results)]
+
+
 def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
     """A rollout of what was generated, cut behind its first end token: what follows it is padding."""
     end = next((i for i, token in enumerate(ids) if token in stops), None)
@@ -125,6 +202,39 @@ def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
     ids = tuple(ids[:end + 1] if finished else ids)
     text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
     return Rollout(tuple(prompt), ids, tuple(logprobs[:len(ids)]), text, finished)
+
+
+# ---------------------------------------------------------------- which one
+
+def pick_sampler(wanted: str) -> str:
+    """"vllm" or "hf" for --sampler auto, vllm or hf. Raises UserError where vLLM is asked for and missing."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not installed:
+        raise UserError("--sampler vllm: vLLM is not installed; pip install -r requirements.txt (GPU), or take --sampler hf")
+    if wanted == "auto" and torch.cuda.is_available() and not installed:
+        print("vLLM is not installed: sampling with transformers, which is slower (pip install -r requirements.txt)")
+    return wanted if wanted != "auto" else "vllm" if installed and torch.cuda.is_available() else "hf"
+
+
+def open_sampler(args: argparse.Namespace, problems: list[Problem]):
+    """A sampler of args.model as it is on disk, and the prompts [P] of problems."""
+    base, adapter = policy.resolve_model(args.model)
+    if pick_sampler(args.sampler) == "hf":
+        model, tokenizer = policy.load_model(args.model, args.dtype)
+        return HFSampler(model, tokenizer), encode_prompts(problems, tokenizer, context_length(model.config), args.max_new_tokens)
+    tokenizer = policy.load_tokenizer(base)
+    config = AutoConfig.from_pretrained(base)
+    prompts = encode_prompts(problems, tokenizer, context_length(config), args.max_new_tokens)
+    try:
+        settings = GenerationConfig.from_pretrained(base)
+    except OSError:                                         # the checkpoint has none
+        settings = GenerationConfig.from_model_config(config)
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 8
+    sampler = VLLMSampler(base, tokenizer, stop_ids(settings, tokenizer), dtype=policy.pick_dtype(args.dtype), lora_rank=rank,
+                          context=max(map(len, prompts)) + args.max_new_tokens, gpu_memory=0.9)
+    if adapter:
+        sampler.sync(adapter, 0)
+    return sampler, prompts
 
 
 # ---------------------------------------------------------------- the script, and what it shares with evaluate and train
@@ -137,7 +247,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--n", type=int, help="answers sampled per problem (toy 16; evaluation: 64)")
     group.add_argument("--temperature", type=float, help="sampling temperature, > 0 (default 1)")
     group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (toy 12, else 2048)")
-    group.add_argument("--sampler", choices=("auto", "hf"), help="what samples: transformers (default auto = hf)")
+    group.add_argument("--sampler", choices=("auto", "vllm", "hf"),
+                       help="what samples (default auto: vllm where CUDA and vLLM are there, else transformers' generate)")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                        help="of the frozen base model (default auto: bfloat16 on CUDA, else float32)")
     group.add_argument("--limit", type=int, help="use that many of the evaluation problems (toy 200, else all)")
@@ -173,8 +284,8 @@ def sampling_defaults(model: str) -> dict:
             "max_new_tokens": 12 if toy else 2048, "limit": 200 if toy else None, "seed": 0}
 
 
-def context_length(model) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
+def context_length(config) -> int:
+    return getattr(config, "max_position_embeddings", None) or 10**9
 
 
 def sample_problems(sampler, prompts, n: int, temperature: float, max_new_tokens: int, seed: int, label: str):
@@ -182,7 +293,7 @@ def sample_problems(sampler, prompts, n: int, temperature: float, max_new_tokens
     block = max(1, ROW_TOKENS // (n * (max(map(len, prompts)) + max_new_tokens)))
     with tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=None) as bar:
         for start in range(0, len(prompts), block):
-            groups = sampler.generate(prompts[start:start + block], n, temperature, max_new_tokens, seed + start)
+            groups = sampler.generate(prompts[start:start + block], n, temperature, max_new_tokens, seed + start * n)
             yield from groups
             bar.update(len(groups))
 
@@ -190,10 +301,8 @@ def sample_problems(sampler, prompts, n: int, temperature: float, max_new_tokens
 def sample_to_lines(args: argparse.Namespace):
     """Load args.model and yield one samples.jsonl row (a dict) a problem of args.data: `answers` [n] and settings."""
     problems = tasks.load_problems(args.data, args.limit)
-    model, tokenizer = policy.load_model(args.model, args.dtype)
-    prompts = encode_prompts(problems, tokenizer, context_length(model), args.max_new_tokens)
-    groups = sample_problems(HFSampler(model, tokenizer), prompts, args.n, args.temperature, args.max_new_tokens, args.seed,
-                             f"sampling {args.model}")
+    sampler, prompts = open_sampler(args, problems)
+    groups = sample_problems(sampler, prompts, args.n, args.temperature, args.max_new_tokens, args.seed, f"sampling {args.model}")
     for problem, group in zip(problems, groups):
         yield {"id": problem.id, "task": problem.task, "problem": problem.question, "answer": problem.answer,
                "model": args.model, "data": args.data, "temperature": args.temperature, "seed": args.seed,

@@ -1,8 +1,8 @@
 """Problems, prompts and graders. No torch here: the grading workers are small and start fast.
 
 A data set is named by a short name (`countdown`, `math500`, ..., see BENCHMARKS), a hub data set with the
-columns problem (or question) and answer, or a .jsonl file with `problem` and `answer` on each line. Any of
-these takes `:train` or `:test` behind it: a fixed split by the hash of the question, one tenth for testing.
+columns problem (or question) and answer, or a .jsonl file with `problem` and `answer` on each line (and, if it
+brings its own, the exact `prompt`). Any of these takes `:train` or `:test` behind it: a fixed split by the hash of the question, one tenth for testing.
 
 Rewards. Mathematics: 1 if the last \\boxed{...} equals the answer, else 0 (math-verify decides).
 Countdown: 1 if the expression uses the numbers exactly once and hits the target; the graded variant
@@ -39,6 +39,7 @@ class Problem:
     question: str             # what the prompt shows
     answer: str               # the gold answer; for Countdown "2357=22": numbers and target
     task: str = "math"        # "math", "countdown" or "countdown-graded": how a response is graded
+    prompt: str | None = None # exact prompt text, where the data brings its own (few-shot examples, say)
 
 
 # ---------------------------------------------------------------- data sets
@@ -126,7 +127,10 @@ def _load_jsonl(path: Path) -> list[Problem]:
         for key in ("problem", "answer"):
             if not str(row.get(key, "")).strip():
                 raise UserError(f"{where}: no {key!r} (each line needs 'problem' and 'answer'; it has {sorted(row)})")
-        problems.append(Problem(str(row.get("id", f"{path.stem}-{number}")), str(row["problem"]), str(row["answer"])))
+        prompt = row.get("prompt")
+        if prompt is not None and not isinstance(prompt, str):
+            raise UserError(f"{where}: 'prompt' is a {type(prompt).__name__}, but must be text")
+        problems.append(Problem(str(row.get("id", f"{path.stem}-{number}")), str(row["problem"]), str(row["answer"]), prompt=prompt))
     return problems
 
 
@@ -169,11 +173,13 @@ def _in_test_part(question: str) -> bool:
 # ---------------------------------------------------------------- prompts
 
 def render(problem: Problem, tokenizer) -> str:
-    """The prompt text: the question alone for Countdown, the chat template where the model has one, else plain.
+    """The prompt text: the data's own, the question alone for Countdown, the chat template where the model has one, else plain.
 
     A chat template that already asks for a \\boxed{} (Qwen2.5-Math's does) gets the question alone; every
     other gets the instruction behind the question.
     """
+    if problem.prompt is not None:
+        return problem.prompt
     if problem.task != "math":
         return problem.question
     if not tokenizer.chat_template:

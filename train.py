@@ -33,6 +33,7 @@ import sample
 import tasks
 from tasks import UserError
 
+MEAN_GAP_ALLOWED = {"float32": 1e-3, "bfloat16": 0.05}         # nats a token, sampler against learner
 OBJECTIVES = {"passk": rspo.pass_at_k_weights, "maxk": rspo.max_at_k_weights, "groupmax": rspo.group_max_weights}
 
 
@@ -43,14 +44,15 @@ def train(args: argparse.Namespace, run: Path, problems, held_out, checkpoint: P
     model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True)
     if not policy.trainable(model):
         model = policy.add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-    prompts, eval_prompts = (sample.encode_prompts(each, tokenizer, sample.context_length(model), args.max_new_tokens)
+    prompts, eval_prompts = (sample.encode_prompts(each, tokenizer, sample.context_length(model.config), args.max_new_tokens)
                              for each in (problems, held_out))
     optimizer = torch.optim.AdamW(policy.trainable(model).values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start, skipped = 0, 0                                   # steps done; steps without a single non-zero weight
     if checkpoint:
         state = policy.load_checkpoint(checkpoint, model, optimizer)
         start, skipped = state["step"], state["skipped"]
-    sampler = sample.HFSampler(model, tokenizer)
+    sampler = make_sampler(args, model, tokenizer, max(map(len, prompts + eval_prompts)) + args.max_new_tokens)
+    sync(sampler, model, version=start)
     log, stop = RunLog(run, start), StopRequest()
 
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", disable=None):
@@ -59,21 +61,25 @@ def train(args: argparse.Namespace, run: Path, problems, held_out, checkpoint: P
         clock = Clock()
         ks = ks_at(args.k, step, args.steps)
         batch = batch_at(len(problems), step, args.prompts, args.seed)                                  # [P]
-        groups = sampler.generate([prompts[i] for i in batch], args.n, args.temperature,
-                                  args.max_new_tokens, seed_at(args.seed, step, args.prompts * args.n))  # [P][n]
-        clock.lap("sample")
-        rewards = torch.tensor(tasks.grade_all([problems[i] for i in batch], responses(groups)))        # (P, n)
-        clock.lap("grade")
         try:
+            groups = sampler.generate([prompts[i] for i in batch], args.n, args.temperature, args.max_new_tokens,
+                                      seed_at(args.seed, step, args.prompts * args.n))                  # [P][n]
+            clock.lap("sample")
+            if step < start + 3 or step % 10 == 0:
+                check_agreement(args, model, [group[0] for group in groups[:8]])
+            rewards = torch.tensor(tasks.grade_all([problems[i] for i in batch], responses(groups)))    # (P, n)
+            clock.lap("grade")
             weights = weigh(rewards, ks, args.objective, args.baseline)                                 # (P, n)
             stats = policy.update(model, optimizer, [r for group in groups for r in group], weights.flatten(),
                                   num_samples=weights.numel(), temperature=args.temperature,
-                                  micro_batch_tokens=args.micro_batch_tokens, max_grad_norm=args.max_grad_norm)
-        except policy.BadNumbers as error:
+                                  micro_batch_tokens=args.micro_batch_tokens, max_grad_norm=args.max_grad_norm,
+                                  importance_cap=args.importance_cap)
+        except (UserError, policy.BadNumbers) as error:     # the policy is still that of the step before
             policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped})
-            raise UserError(f"step {step + 1} was not applied: {error}. What was learned before it is in {run}; lower --lr or "
-                            "look at the data") from error
+            raise UserError(f"step {step + 1} was not applied: {error}. Nothing is lost: go on with --resume {run}") from error
         clock.lap("learn")
+        sync(sampler, model, version=step + 1)
+        clock.lap("sync")
         skipped += stats["learned_tokens"] == 0
         log.step(metrics_row(step + 1, ks, groups, rewards, weights, stats, clock, problems[0].task, skipped), args.steps)
         if stop.requested or step + 1 == args.steps or (step + 1) % args.save_every == 0:
@@ -83,6 +89,32 @@ def train(args: argparse.Namespace, run: Path, problems, held_out, checkpoint: P
             sys.exit(128 + stop.requested)
     evaluate_policy(args, log, args.steps, sampler, held_out, eval_prompts)
     log.report(held_out)
+
+
+def make_sampler(args: argparse.Namespace, model, tokenizer, context: int):
+    if args.sampler == "hf":
+        return sample.HFSampler(model, tokenizer)
+    rank = max(config.r for config in model.peft_config.values())
+    return sample.VLLMSampler(policy.resolve_model(args.model)[0], tokenizer, sample.stop_ids(model.generation_config, tokenizer),
+                              dtype=policy.pick_dtype(args.dtype), lora_rank=rank, context=context, gpu_memory=args.gpu_memory)
+
+
+def sync(sampler, model, version: int) -> None:
+    """Give the sampler the adapter as it is now, through files in RAM where it does not share the model."""
+    if sampler.adapter_root is not None:
+        folder = sampler.adapter_root / f"version-{version}"
+        model.save_pretrained(folder)
+        sampler.sync(folder, version)
+
+
+def check_agreement(args: argparse.Namespace, model, rollouts: list) -> None:
+    """Raise UserError if the sampler's log-probabilities are not the learner's, beyond what the number format explains."""
+    mean, largest = policy.agreement(model, rollouts, args.temperature)
+    allowed = MEAN_GAP_ALLOWED[policy.pick_dtype(args.dtype)]
+    if not mean <= allowed:
+        raise UserError(f"sampler and learner disagree by {mean:.2g} nats a token on average (at most {largest:.2g}), but "
+                        f"{allowed:g} is the most that {policy.pick_dtype(args.dtype)} explains; likely causes: an adapter that did not "
+                        "reach the sampler, stale cache blocks, another temperature, top-k or top-p in the sampler, another base model")
 
 
 def evaluate_policy(args: argparse.Namespace, log: "RunLog", step: int, sampler, held_out, prompts) -> None:
@@ -242,7 +274,8 @@ class RunLog:
                        f"zero-weight prompts {row['zero_weight_prompts']:.0%}  cut off {row['truncated']:.0%}  "
                        f"tokens {row['completion_tokens']:.1f}  entropy {row['entropy']:.2f}  grad norm {row['grad_norm']:.2f}  "
                        f"log-prob gap {gap}  {row['seconds']:.2f} s (sample {row['sample_seconds'] / row['seconds']:.0%}, "
-                       f"grade {row['grade_seconds'] / row['seconds']:.0%}, learn {row['learn_seconds'] / row['seconds']:.0%})")
+                       f"grade {row['grade_seconds'] / row['seconds']:.0%}, learn {row['learn_seconds'] / row['seconds']:.0%}, "
+                       f"sync {row['sync_seconds'] / row['seconds']:.0%})")
 
     def evaluation(self, step: int, problems, groups, rewards) -> None:
         for problem, group, values in list(zip(problems, groups, rewards))[:4]:
@@ -280,7 +313,7 @@ TOY_DEFAULTS = {"data": "countdown", "n": 16, "prompts": 32, "steps": 400, "max_
 DEFAULTS = {"data": "math", "n": 16, "prompts": 32, "steps": 200, "max_new_tokens": 2048, "lr": 2e-5, "lora_rank": 16,
             "micro_batch_tokens": 16384, "eval_n": 16, "limit": None, "save_every": 20}
 ALWAYS = {"objective": "passk", "baseline": "none", "k": "4", "temperature": 1.0, "sampler": "auto", "dtype": "auto", "seed": 0,
-          "lora_alpha": 32, "max_grad_norm": 1.0, "eval_every": 0, "eval_data": None, "model": "toy"}
+          "lora_alpha": 32, "max_grad_norm": 1.0, "gpu_memory": 0.45, "eval_every": 0, "eval_data": None, "model": "toy"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -301,7 +334,10 @@ def make_parser() -> argparse.ArgumentParser:
     learning.add_argument("--max-grad-norm", type=float, help="clip the gradient's norm (default 1; inf = off)")
     learning.add_argument("--micro-batch-tokens", type=int, help="tokens in one forward and backward; changes memory, not the "
                           "gradient (default 16384)")
+    learning.add_argument("--importance-cap", type=float, help="cap of the token-level ratio learner / sampler (default: 2 with vllm, "
+                          "0 = off = exactly on-policy with hf)")
     sample.add_flags(parser)
+    parser.add_argument("--gpu-memory", type=float, help="share of the GPU's memory for vLLM; the rest is the learner's (default 0.45)")
     run = parser.add_argument_group("run")
     run.add_argument("--run", type=Path, help="run directory (default runs/<model>-<objective>-k<k>-<time>)")
     run.add_argument("--resume", type=Path, help="run directory to go on with; takes every setting from it")
@@ -331,6 +367,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         return args
     args.model = args.model or "toy"
     sample.fill_in(args, {**ALWAYS, **(TOY_DEFAULTS if sample.is_toy(args.model) else DEFAULTS)})
+    args.sampler = sample.pick_sampler(args.sampler)
+    if args.importance_cap is None:
+        args.importance_cap = 2.0 if args.sampler == "vllm" else 0.0
     check_flags(args)
     if args.run is None:
         name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -351,6 +390,10 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("lr", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
+    if not 0 < args.gpu_memory < 1:
+        raise UserError(f"--gpu-memory is {args.gpu_memory}, but must be a share between 0 and 1")
+    if args.importance_cap and not args.importance_cap >= 1:
+        raise UserError(f"--importance-cap is {args.importance_cap}, but must be 0 (off) or at least 1")
     if args.eval_every < 0:
         raise UserError(f"--eval-every is {args.eval_every}, but must be 0 (off) or more")
     try:
