@@ -44,8 +44,9 @@ def make_curve(name: str, problems: list[Problem], rewards: list[list[float]], k
     counts = {len(group) for group in rewards}
     n = min(counts)
     ks = ks or powers_of_two(n)
-    if max(ks) > n:
-        raise UserError(f"k is {max(ks)}, but {name} has n = {n} samples a problem: pass@k has no unbiased estimate for k > n")
+    if not 1 <= min(ks) <= max(ks) <= n:
+        raise UserError(f"k is {min(ks) if min(ks) < 1 else max(ks)}, but {name} has n = {n} samples a problem, and pass@k has an unbiased "
+                        "estimate for 1 <= k <= n only")
     metric = "max" if any(p.task == "countdown-graded" for p in problems) else "pass"
     estimate = rspo.max_at_k if metric == "max" else rspo.pass_at_k
     groups = [torch.tensor(group, dtype=torch.float64) for group in rewards]                   # M x (n,)
@@ -76,21 +77,22 @@ def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Te
 def table(curves: list[Curve]) -> str:
     """Aligned text: a row a curve, then each curve minus the first, problem by problem; * = interval excludes 0."""
     ks = tuple(sorted({k for curve in curves for k in curve.ks}))
-    width = max(max(len(c.name) for c in curves) + 12, 20)
+    labels = [curve.name for curve in curves] + [f"{curve.name} - {curves[0].name}" for curve in curves[1:]]
+    width = max(map(len, labels)) + 1
     metric = curves[0].metric
-    lines = [" " * width + "".join(f"{f'{metric}@{k}':>16s}" for k in ks)]
+    lines = [" " * width + "".join(f"{f'{metric}@{k}':>18s}" for k in ks)]
 
     def row(label: str, row_ks, mean, half, sign: str = "", star: bool = False) -> str:
         cells = dict(zip(row_ks, (f"{m:{sign}.3f} +- {h:.3f}" + ("*" if star and abs(m) > h else " ") * star
                                   for m, h in zip(mean.tolist(), half.tolist()))))
-        return f"{label:<{width}s}" + "".join(f"{cells.get(k, '-'):>16s}" for k in ks)
+        return f"{label:<{width}s}" + "".join(f"{cells.get(k, '-'):>18s}" for k in ks)
 
     for curve in curves:
         lines.append(row(curve.name, curve.ks, *interval(curve.values)))
     for curve in curves[1:]:
         change = difference(curve, curves[0])
         if change:
-            lines.append(row(f"{curve.name} - {curves[0].name}"[:width - 1], *change, sign="+", star=True))
+            lines.append(row(f"{curve.name} - {curves[0].name}", *change, sign="+", star=True))
     count = ", ".join(sorted({str(len(curve.problems)) for curve in curves}))
     lines.append(f"95 % intervals over {count} problems" + ("; * = the interval of the paired difference excludes 0" if len(curves) > 1 else ""))
     return "\n".join(lines)
@@ -150,11 +152,8 @@ def plot_history(rows: list[dict], path: Path) -> None:
 def read_samples(path: Path) -> tuple[list[Problem], list[list[tuple[str, bool]]]]:
     """Problems and (text, finished) answers [M][n] of a file of sample.py. Raises UserError with file and line."""
     problems, groups = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"samples file {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
+    lines = tasks.read_lines(path)
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         try:
             row = json.loads(line)
             problems.append(Problem(row["id"], row["problem"], row["answer"], row["task"]))
@@ -197,7 +196,7 @@ def parse_ks(text: str) -> tuple[int, ...]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = sample.make_parser(__doc__)
     parser.add_argument("--model", nargs="+", default=["toy"], help="what to evaluate, one or more: toy, hub id, short name, "
                         "local folder, run directory or a .jsonl of sample.py (default toy)")
     parser.add_argument("--k", type=parse_ks, help="ks to report, e.g. 1,8,64 (default: powers of two up to n)")

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 import transformers
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # PEFT imports it; its missing CPU kernels are no news
+for _library in ("bitsandbytes", "huggingface_hub"):             # warnings about what is optional, or said in a sentence here
+    logging.getLogger(_library).setLevel(logging.ERROR)
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -91,7 +93,7 @@ def _loading(base: str):
     """Turn what transformers raises for a model that cannot be had into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         what = "folder" if Path(base).is_dir() else "hub model"
         raise UserError(f"the {what} {base} could not be loaded ({reason}); without internet, give --model a local folder with "
@@ -101,6 +103,8 @@ def _loading(base: str):
 def load_tokenizer(base: str):
     with _loading(base):
         tokenizer = AutoTokenizer.from_pretrained(base)
+        if not tokenizer("1 + 1", add_special_tokens=False).input_ids:      # made up by transformers where files are missing
+            raise ValueError("it has no tokenizer files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -115,7 +119,10 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, traina
     base, adapter = resolve_model(name)
     tokenizer = load_tokenizer(base)
     with _loading(base):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, pick_dtype(dtype)), use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, pick_dtype(dtype)),
+                                                           use_safetensors=True, output_loading_info=True)
+        if info["missing_keys"]:        # transformers would fill them with random numbers
+            raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]} and {len(info['missing_keys']) - 1} more")
     model.requires_grad_(False)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)

@@ -104,7 +104,10 @@ class HFSampler:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)                                                 # (P, L)
             cache = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
                                use_cache=True, logits_to_keep=1).past_key_values
-            cache.batch_repeat_interleave(n)
+            if all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+                cache.batch_repeat_interleave(n)
+            else:                       # linear attention's state cannot be copied so: read the prompt n times
+                cache = None
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)                              # (P*n, L)
         recorder = _Recorder(temperature)
         self.settings.max_new_tokens = max_new_tokens
@@ -127,6 +130,8 @@ class _Recorder(LogitsProcessor):
         if self.last is not None:
             self.chosen.append(self.last.gather(-1, input_ids[:, -1:]))                         # (B, 1)
         self.last = (scores / self.temperature).log_softmax(-1)                                 # (B, V)
+        if self.last[:, 0].isnan().any():                   # one bad logit makes its whole row NaN
+            raise UserError("the policy's probabilities are NaN or infinite; the learning rate was probably too high")
         return self.last
 
     def finish(self, sequences) -> list[list[float]]:
@@ -239,6 +244,17 @@ def open_sampler(args: argparse.Namespace, problems: list[Problem]):
 
 # ---------------------------------------------------------------- the script, and what it shares with evaluate and train
 
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser described by the first sentence of a script's docstring, whose errors are one sentence too."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+
+    def refuse(message: str):
+        raise UserError(f"{message}; see --help")
+
+    parser.error = refuse
+    return parser
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py, sample.py and evaluate.py share. None = follows from the model's task (`fill_in`)."""
     group = parser.add_argument_group("model and sampling")
@@ -268,6 +284,8 @@ def fill_in(args: argparse.Namespace, defaults: dict) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least {low}")
+    if not 0 <= args.seed < 10**8:
+        raise UserError(f"--seed is {args.seed}, but must lie in 0..{10**8 - 1}")
     if not 0 < args.temperature < float("inf"):
         raise UserError(f"--temperature is {args.temperature}, but must be above 0")
 
@@ -310,12 +328,14 @@ def sample_to_lines(args: argparse.Namespace):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="toy", help="toy, hub id, short name, local folder or run directory (default toy)")
     add_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("samples.jsonl"), help="file to write (default samples.jsonl)")
     args = parser.parse_args()
     fill_in(args, sampling_defaults(args.model))
+    if not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already; give another name or move it away")
     count = 0

@@ -26,6 +26,7 @@ from pathlib import Path
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 GRADE_LIMIT_S = 5.0           # seconds for one answer; a worker that takes longer is killed and the answer earns 0
+TASKS = ("math", "countdown", "countdown-graded")
 LONGEST_ANSWER = 1000         # characters; a longer boxed answer is compared as a string only
 
 
@@ -40,6 +41,12 @@ class Problem:
     answer: str               # the gold answer; for Countdown "2357=22": numbers and target
     task: str = "math"        # "math", "countdown" or "countdown-graded": how a response is graded
     prompt: str | None = None # exact prompt text, where the data brings its own (few-shot examples, say)
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is none of {', '.join(TASKS)}")
+        if self.task != "math" and not re.fullmatch(r"[1-9]+=[0-9]+", self.answer):
+            raise ValueError(f"answer {self.answer!r} of a Countdown problem is not of the form 2357=22")
 
 
 # ---------------------------------------------------------------- data sets
@@ -76,10 +83,12 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
         known = ["countdown", "countdown-graded", *BENCHMARKS]
         raise UserError(f"data set {name!r} is unknown{nearest(name, known)}; give one of {', '.join(known)}, "
                         "a hub data set (owner/name) or a .jsonl file")
+    total = len(problems)
     if part:
         problems = [p for p in problems if _in_test_part(p.question) == (part == "test")]
     if not problems:
-        raise UserError(f"data set {name_or_path!r} holds no problems")
+        raise UserError(f"data set {name_or_path!r} holds no problems" + (
+            f": none of the {total} in {name} falls into this part; give --eval-data" if part and total else ""))
     if limit and limit < len(problems):
         problems = sorted(problems, key=lambda p: _digest(p.question + "/limit"))[:limit]
     return problems
@@ -90,6 +99,7 @@ def train_and_eval(data: str, eval_data: str | None, eval_limit: int) -> tuple[l
     if eval_data is None and data in HELD_OUT:
         eval_data = HELD_OUT[data]
     elif eval_data is None:
+        data = data.removesuffix(":train")
         data, eval_data = f"{data}:train", f"{data}:test"
     held_out = load_problems(eval_data)
     questions = {_normal_question(p.question) for p in held_out}
@@ -108,13 +118,17 @@ def nearest(name: str, known) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file, split at newlines alone: a JSON string may hold other line separators."""
+    try:
+        return path.read_bytes().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"file {path} cannot be read: {error}") from error
+
+
 def _load_jsonl(path: Path) -> list[Problem]:
     problems = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -125,7 +139,7 @@ def _load_jsonl(path: Path) -> list[Problem]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: {type(row).__name__} found, but each line must be a JSON object")
         for key in ("problem", "answer"):
-            if not str(row.get(key, "")).strip():
+            if row.get(key) is None or not str(row[key]).strip():
                 raise UserError(f"{where}: no {key!r} (each line needs 'problem' and 'answer'; it has {sorted(row)})")
         prompt = row.get("prompt")
         if prompt is not None and not isinstance(prompt, str):
@@ -283,8 +297,12 @@ class Graders:
 
     def grade(self, text: str, answer: str) -> float:
         worker = self._idle.get()
-        worker = worker if worker and worker.poll() is None else self._start()
-        timer = threading.Timer(self.limit_s, worker.kill)
+        try:
+            worker = worker if worker and worker.poll() is None else self._start()
+        except UserError:
+            self._idle.put(None)
+            raise
+        timer = threading.Timer(self.limit_s, lambda: (worker.kill(), worker.wait()))
         timer.start()
         try:
             worker.stdin.write(json.dumps([text, answer]) + "\n")
@@ -293,17 +311,20 @@ class Graders:
         except OSError:                                 # it died while we wrote
             reply = ""
         timer.cancel()
-        self._idle.put(worker)
+        timer.join()                                    # if it just fired, the worker is dead for the next answer to see
         if not reply:
             worker.kill()
+            worker.wait()
             with self._lock:
                 self.failures += 1
+        self._idle.put(worker)
         return float(reply or 0)
 
     @staticmethod
     def _start() -> subprocess.Popen:
         worker = subprocess.Popen([sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+                                  stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+                                  start_new_session=True)       # Ctrl-C in the terminal is not for them
         if worker.stdout.readline() != "ready\n":       # importing sympy takes a second: outside the time limit
             raise UserError("the grading worker did not start; is math-verify installed (pip install math-verify)?")
         return worker

@@ -39,13 +39,14 @@ OBJECTIVES = {"passk": rspo.pass_at_k_weights, "maxk": rspo.max_at_k_weights, "g
 
 # ---------------------------------------------------------------- the loop
 
-def train(args: argparse.Namespace, run: Path, problems, held_out, checkpoint: Path | None) -> None:
-    """Train on problems as args say, in run directory `run`, from its checkpoint where given."""
-    model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True)
+def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, held_out, checkpoint: Path | None) -> None:
+    """Train model on problems as args say, in run directory `run`, from its checkpoint where given."""
     if not policy.trainable(model):
         model = policy.add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     prompts, eval_prompts = (sample.encode_prompts(each, tokenizer, sample.context_length(model.config), args.max_new_tokens)
                              for each in (problems, held_out))
+    if not run.exists():
+        write_config(run, args)
     optimizer = torch.optim.AdamW(policy.trainable(model).values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     start, skipped = 0, 0                                   # steps done; steps without a single non-zero weight
     if checkpoint:
@@ -67,7 +68,9 @@ def train(args: argparse.Namespace, run: Path, problems, held_out, checkpoint: P
             clock.lap("sample")
             if step < start + 3 or step % 10 == 0:
                 check_agreement(args, model, [group[0] for group in groups[:8]])
+            failures = -tasks.graders().failures
             rewards = torch.tensor(tasks.grade_all([problems[i] for i in batch], responses(groups)))    # (P, n)
+            failures += tasks.graders().failures
             clock.lap("grade")
             weights = weigh(rewards, ks, args.objective, args.baseline)                                 # (P, n)
             stats = policy.update(model, optimizer, [r for group in groups for r in group], weights.flatten(),
@@ -81,7 +84,7 @@ def train(args: argparse.Namespace, run: Path, problems, held_out, checkpoint: P
         sync(sampler, model, version=step + 1)
         clock.lap("sync")
         skipped += stats["learned_tokens"] == 0
-        log.step(metrics_row(step + 1, ks, groups, rewards, weights, stats, clock, problems[0].task, skipped), args.steps)
+        log.step(metrics_row(step + 1, ks, groups, rewards, weights, stats, clock, problems[0].task, skipped, failures), args.steps)
         if stop.requested or step + 1 == args.steps or (step + 1) % args.save_every == 0:
             policy.save_checkpoint(run, step + 1, model, optimizer, {"skipped": skipped})
         if stop.requested:
@@ -166,7 +169,7 @@ def ks_at(spec: str, step: int, steps: int) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------- what a step reports
 
-def metrics_row(step, ks, groups, rewards, weights, stats, clock, task, skipped) -> dict:
+def metrics_row(step, ks, groups, rewards, weights, stats, clock, task, skipped, failures) -> dict:
     """One row of metrics.jsonl. Every column is defined in the README."""
     rollouts = [r for group in groups for r in group]
     tokens = sum(len(r.completion_ids) for r in rollouts)
@@ -181,7 +184,7 @@ def metrics_row(step, ks, groups, rewards, weights, stats, clock, task, skipped)
         "entropy": -sum(sum(r.logprobs) for r in rollouts) / len(rollouts),
         "grad_norm": stats["grad_norm"],
         "logprob_gap_mean": stats["logprob_gap_mean"], "logprob_gap_max": stats["logprob_gap_max"],
-        "grader_failures": tasks.graders().failures,
+        "grader_failures": failures,
         "sample_tokens_per_s": tokens / clock.laps["sample"],
         "learn_tokens_per_s": stats["learned_tokens"] / clock.laps["learn"],
         "seconds": sum(clock.laps.values()), **{f"{part}_seconds": value for part, value in clock.laps.items()},
@@ -250,15 +253,18 @@ class RunLog:
 
     def _cut(self, name: str, keep) -> list[dict]:
         path = self.run / name
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n") and keep(json.loads(line))]     # a killed run leaves half a line
+        lines = tasks.read_lines(path)[:-1] if path.exists() else []        # behind the last a newline: nothing, or half a line
+        lines = [line for line in lines if keep(json.loads(line))]
         unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(lines))
+        unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         unfinished.replace(path)
         return [json.loads(line) for line in lines]
 
+    def _read(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in tasks.read_lines(self.run / name)[:-1]]
+
     def _append(self, name: str, row: dict) -> None:
-        with (self.run / name).open("a") as file:
+        with (self.run / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def step(self, row: dict, steps: int) -> None:
@@ -288,18 +294,18 @@ class RunLog:
 
     def report(self, problems) -> None:
         """Table and figures of the run, before against after, and a few answers to read."""
-        evals = [json.loads(line) for line in (self.run / "evals.jsonl").read_text().splitlines()]
+        evals = self._read("evals.jsonl")
         last = evals[-1]["step"]
         ks = tuple(k for k in evaluate.powers_of_two(len(evals[0]["rewards"][0])) if k <= 32)
         curves = [evaluate.make_curve(name, problems, row["rewards"], ks)
-                  for name, row in (("before training", evals[0]), (f"after {last} steps", evals[-1]))]
+                  for name, row in (("before", evals[0]), (f"after {last} steps", evals[-1]))]
         print("\nheld-out problems, answers sampled at the training temperature\n" + evaluate.table(curves))
-        evaluate.plot(curves, self.run / "curves.png", f"{self.run.name}: before and after")
-        evaluate.plot_history([json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()],
-                              self.run / "history.png")
+        flags = policy.read_run(self.run)["flags"]
+        title = f"{Path(flags['model']).name} on {flags['eval_data']}, --objective {flags['objective']} --k {flags['k']}"
+        evaluate.plot(curves, self.run / "curves.png", title)
+        evaluate.plot_history(self._read("metrics.jsonl"), self.run / "history.png")
         print("\na few answers after training (reward)")
-        for line in (self.run / "samples.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for row in self._read("samples.jsonl"):
             if row["step"] == last:
                 answers = "   ".join(f"{a['text'][-200:]} ({a['reward']:g})" for a in row["answers"])
                 print(f"  {row['problem'][:200]}  ->  {answers}")
@@ -318,7 +324,7 @@ ALWAYS = {"objective": "passk", "baseline": "none", "k": "4", "temperature": 1.0
 
 def make_parser() -> argparse.ArgumentParser:
     """All flags default to None here: what was not given follows from the model's task (`settle`)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = sample.make_parser(__doc__)
     parser.add_argument("--model", help="toy, hub id, short name (Qwen2.5-Math-1.5B), local folder or run directory (default toy)")
     method = parser.add_argument_group("method")
     method.add_argument("--k", help="train for the best of k answers: 4, a list 1,4,16 (mean of the objectives), or a schedule "
@@ -366,6 +372,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--resume takes every setting from {args.resume}/config.json; leave out --{extra[0].replace('_', '-')}")
         return args
     args.model = args.model or "toy"
+    if args.model != "toy" and Path(args.model).is_dir():
+        args.model = str(Path(args.model).resolve())        # so that the run can be used from anywhere
     sample.fill_in(args, {**ALWAYS, **(TOY_DEFAULTS if sample.is_toy(args.model) else DEFAULTS)})
     args.sampler = sample.pick_sampler(args.sampler)
     if args.importance_cap is None:
@@ -387,9 +395,10 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("prompts", "steps", "lora_rank", "lora_alpha", "micro_batch_tokens", "eval_n", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
-    for name in ("lr", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
+    if not 0 < args.lr < float("inf"):
+        raise UserError(f"--lr is {args.lr}, but must be above 0 and finite")
+    if not args.max_grad_norm > 0:
+        raise UserError(f"--max-grad-norm is {args.max_grad_norm}, but must be above 0")
     if not 0 < args.gpu_memory < 1:
         raise UserError(f"--gpu-memory is {args.gpu_memory}, but must be a share between 0 and 1")
     if args.importance_cap and not args.importance_cap >= 1:
@@ -433,12 +442,11 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--resume {run}: no run directory there (no config.json of train.py)")
         args, checkpoint = argparse.Namespace(**config["flags"]), policy.newest_checkpoint(run)
         print(f"going on with {run} from {checkpoint.name if checkpoint else 'its start'}; it has {args.steps} steps")
+    model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True)
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
     if args.objective == "passk" and problems[0].task == "countdown-graded":
         raise UserError(f"--objective passk needs 0/1 rewards, but {args.data} grades in [0, 1]: use --objective maxk")
-    if not run.exists():
-        write_config(run, args)
-    train(args, run, problems, held_out, checkpoint)
+    train(args, run, model, tokenizer, problems, held_out, checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+"""Proof that a sampler draws from softmax(logits / T) and from nothing else, and says so truthfully.
+
+1. Frequencies of one and two tokens are those of the full softmax, whatever top-k, top-p, penalties or temperature
+   the checkpoint brings along; the reported log-probabilities are the learner's, for prompts of different lengths,
+   several architectures, in one batch or many.
+2. A rollout ends with an end token iff it finished; the same seed gives the same rollouts.
+3. Prompts: special tokens once, and never longer than the context.
+4. The script writes what evaluate.py reads, and overwrites nothing.
+"""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+import transformers as tf
+
+import evaluate
+import policy
+import sample
+import tasks
+from sample import HFSampler, encode_prompts
+from tasks import Problem, UserError
+from test_policy import ARCHITECTURES, save_model
+from toy.pretrain import make_tokenizer
+
+MEDDLING = dict(top_k=2, top_p=0.5, min_p=0.2, repetition_penalty=5.0, temperature=0.1, no_repeat_ngram_size=1, min_new_tokens=2,
+                suppress_tokens=[5, 6], forced_eos_token_id=1, bad_words_ids=[[7]], do_sample=True)
+PROMPTS = [(4, 5, 6), (7,), (3, 4, 5, 6, 7, 8, 9, 10, 11), (12, 13), (4, 5, 6)]
+
+
+@pytest.fixture(scope="module")
+def sampler_of(tmp_path_factory):
+    """A sampler of a tiny random model with an adapter, as training uses it; the checkpoint's generation settings meddle."""
+    def make(kind="qwen2", **settings):
+        folder = tmp_path_factory.mktemp(kind)
+        save_model(kind, folder)
+        tf.GenerationConfig(**{**MEDDLING, "eos_token_id": 1, **settings}).save_pretrained(folder)
+        model, tokenizer = policy.load_model(str(folder))
+        model = policy.add_lora(model, rank=4, alpha=8, seed=0)
+        for name, parameter in policy.trainable(model).items():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return HFSampler(model, tokenizer)
+    return make
+
+
+def probabilities(model, ids, temperature):
+    return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1).tolist()
+
+
+# ---------------------------------------------------------------- 1. the distribution
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("prompt", [(4, 5, 6, 7), (9,)])
+def test_frequencies_are_those_of_the_full_softmax(sampler_of, temperature, prompt):
+    sampler, n = sampler_of(), 20_000
+    expected = {}                                                 # completion of at most two tokens -> chance
+    with torch.no_grad():
+        for first, p in enumerate(probabilities(sampler.model, prompt, temperature)):
+            seconds = probabilities(sampler.model, (*prompt, first), temperature)
+            expected.update({(first,): p} if first == 1 else {(first, second): p * q for second, q in enumerate(seconds)})
+    [group] = sampler.generate([prompt], n, temperature, 2, seed=0)
+    counts = dict.fromkeys(expected, 0)
+    for rollout in group:
+        counts[rollout.completion_ids] += 1
+        assert sum(rollout.logprobs) == pytest.approx(math.log(expected[rollout.completion_ids]), abs=1e-4)
+    common = {ids: p for ids, p in expected.items() if n * p >= 5}
+    chi2 = sum((counts[ids] - n * p) ** 2 / (n * p) for ids, p in common.items())
+    assert abs(chi2 - len(common)) < 5 * (2 * len(common)) ** 0.5
+    for ids, p in expected.items():
+        assert abs(counts[ids] - n * p) < 5 * (n * p) ** 0.5 + 5
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("n, temperature", [(1, 1.0), (6, 0.7)])
+def test_log_probabilities_are_the_learners_whatever_the_padding(sampler_of, kind, n, temperature):
+    sampler = sampler_of(kind)
+    groups = sampler.generate(PROMPTS, n, temperature, 12, seed=0)
+    rollouts = [rollout for group in groups for rollout in group]
+    assert [rollout.prompt_ids for rollout in rollouts] == [prompt for prompt in PROMPTS for _ in range(n)]
+    one_by_one = [policy.token_logprobs(sampler.model, [rollout], temperature)[0] for rollout in rollouts]      # no padding at all
+    torch.testing.assert_close(torch.tensor([x for r in rollouts for x in r.logprobs]), torch.cat(one_by_one), rtol=0, atol=1e-4)
+    assert policy.agreement(sampler.model, rollouts, temperature)[1] < 1e-4
+
+
+@pytest.mark.parametrize("row_tokens", [1, 40, 100])
+def test_many_small_batches_are_as_good_as_one(sampler_of, monkeypatch, row_tokens):
+    monkeypatch.setattr(sample, "ROW_TOKENS", row_tokens)
+    sampler = sampler_of()
+    groups = list(sample.sample_problems(sampler, PROMPTS, 5, 1.0, 8, 3, "test"))
+    assert [[r.prompt_ids for r in group] for group in groups] == [[prompt] * 5 for prompt in PROMPTS]
+    assert policy.agreement(sampler.model, [r for group in groups for r in group], 1.0)[1] < 1e-4
+    assert groups == list(sample.sample_problems(sampler, PROMPTS, 5, 1.0, 8, 3, "test"))
+    first, last = groups[0], groups[-1]                           # the same prompt twice does not get the same answers
+    assert [r.completion_ids for r in first] != [r.completion_ids for r in last]
+
+
+# ---------------------------------------------------------------- 2. one rollout
+
+@pytest.mark.parametrize("stops", [1, [1, 5]])
+def test_a_rollout_ends_with_an_end_token_iff_it_finished(sampler_of, stops):
+    sampler = sampler_of(eos_token_id=stops)
+    ends, rollouts = {1, 5} if stops != 1 else {1}, [r for g in sampler.generate(PROMPTS, 40, 1.0, 9, seed=0) for r in g]
+    assert {r.finished for r in rollouts} == {True, False} and {r.completion_ids[-1] for r in rollouts if r.finished} == ends
+    for r in rollouts:
+        assert r.finished == (r.completion_ids[-1] in ends) and not ends & set(r.completion_ids[:-1])
+        assert len(r.logprobs) == len(r.completion_ids) and (r.finished or len(r.completion_ids) == 9)
+        assert r.text == sampler.tokenizer.decode([i for i in r.completion_ids if not (r.finished and i in ends)])
+
+
+def test_the_same_seed_gives_the_same_rollouts_and_another_gives_others(sampler_of):
+    sampler = sampler_of()
+    first, again, other = (sampler.generate(PROMPTS, 4, 1.0, 8, seed) for seed in (7, 7, 8))
+    assert first == again and first != other and first[0] != first[-1]
+
+
+# ---------------------------------------------------------------- 3. prompts
+
+@pytest.mark.parametrize("template, ids", [(None, [1, *range(3, 7), 16]), ("<eos>{{ messages[0].content }}", [1, *range(3, 7), 16])])
+def test_special_tokens_are_written_once(monkeypatch, template, ids):
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = make_tokenizer()                                  # whose beginning token is <eos>, put before every plain text
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    tokenizer.chat_template = template
+    monkeypatch.setattr(tasks, "INSTRUCTION", "")
+    prompt = Problem("p", "", "", prompt="1234:") if template is None else None
+    if template:
+        monkeypatch.setattr(tasks, "render", lambda problem, tok: tok.apply_chat_template([{"content": "1234:"}], tokenize=False))
+    assert encode_prompts([prompt], tokenizer, 99, 9) == [tuple(ids)]
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers():
+    problem = Problem("c7", "2357=22:", "2357=22", "countdown")
+    assert len(encode_prompts([problem], make_tokenizer(), 20, 12)[0]) == 8
+    with pytest.raises(UserError, match="problem c7: prompt of 8 tokens .* 13 exceed the model's context of 20 tokens"):
+        encode_prompts([problem], make_tokenizer(), 20, 13)
+
+
+# ---------------------------------------------------------------- 4. the script
+
+def run(monkeypatch, script, *flags):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+    script.main()
+
+
+def test_the_script_writes_what_evaluate_reads(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "s.jsonl"
+    run(monkeypatch, sample, "--n", 6, "--limit", 5, "--temperature", 0.8, "--seed", 3, "--out", out)
+    assert f"wrote 5 problems x 6 answers to {out}" in capsys.readouterr().out
+    problems, groups = evaluate.read_samples(out)
+    assert problems == tasks.load_problems("countdown:test", 5)
+    model, tokenizer = policy.load_model("toy")
+    expected = HFSampler(model, tokenizer).generate(encode_prompts(problems, tokenizer, 32, 12), 6, 0.8, 12, seed=3)
+    assert groups == [[(r.text, r.finished) for r in group] for group in expected]
+    row = json.loads(out.read_text().splitlines()[0])
+    assert (row["model"], row["data"], row["temperature"], row["seed"]) == ("toy", "countdown:test", 0.8, 3)
+
+
+def test_answers_with_odd_line_ends_are_read_back(tmp_path):
+    answers = [{"text": text, "finished": True, "tokens": 1} for text in ("a\u2028b", "c\x85d", "e\x0cf", "g\nh")]
+    row = {"id": "i", "task": "math", "problem": "p\u2029q", "answer": "1", "answers": answers}
+    (tmp_path / "s.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")             # as the script writes
+    problems, groups = evaluate.read_samples(tmp_path / "s.jsonl")
+    assert problems == [Problem("i", "p\u2029q", "1")] and groups == [[(a["text"], True) for a in answers]]
+
+
+def test_an_existing_file_is_refused_and_kept(monkeypatch, tmp_path):
+    out = tmp_path / "s.jsonl"
+    out.write_text("precious")
+    with pytest.raises(UserError, match="s.jsonl exists already"):
+        run(monkeypatch, sample, "--n", 2, "--limit", 2, "--out", out)
+    assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--n", 0], "--n is 0, but must be at least 1"), (["--limit", 0], "--limit is 0"), (["--max-new-tokens", 0], "--max-new-tokens is 0"),
+    (["--temperature", 0], "--temperature is 0.0, but must be above 0"), (["--temperature", "nan"], "--temperature is nan"),
+    (["--temperature", "inf"], "--temperature is inf"), (["--max-new-tokens", 30], "tokens 30 exceed the model's context of 32"),
+    (["--model", "tou"], "did you mean 'toy'"), (["--data", "countdwn"], "did you mean 'countdown'"), (["--n", "two"], "--n: invalid int"),
+    (["--out", "no-such-folder/s.jsonl"], "no-such-folder")])
+def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(monkeypatch, tmp_path, flags, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        run(monkeypatch, sample, "--limit", 2, "--n", 2, *flags)
+    assert said in str(refused.value) and "\n" not in str(refused.value) and not list(tmp_path.iterdir())
