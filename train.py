@@ -442,6 +442,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--resume {run}: no run directory there (no config.json of train.py)")
         args, checkpoint = argparse.Namespace(**config["flags"]), policy.newest_checkpoint(run)
         print(f"going on with {run} from {checkpoint.name if checkpoint else 'its start'}; it has {args.steps} steps")
+    if sample.is_toy(args.model):
+        torch.set_num_threads(1)        # the toy is too small to share: more threads would mostly wait for each other
     model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True)
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
     if args.objective == "passk" and problems[0].task == "countdown-graded":
