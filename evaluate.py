@@ -59,7 +59,8 @@ def make_curve(name: str, problems: list[Problem], rewards: list[list[float]], k
 
 def interval(values: Tensor) -> tuple[Tensor, Tensor]:
     """(M, K) -> mean and half width of its 95 % interval over the M problems, both (K,); NaN width for M = 1."""
-    return values.mean(0), 1.96 * values.std(0) / len(values) ** 0.5                           # (K,), (K,)
+    spread = values.std(0) if len(values) > 1 else torch.full_like(values[0], float("nan"))    # (K,)
+    return values.mean(0), 1.96 * spread / len(values) ** 0.5                                  # (K,), (K,)
 
 
 def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Tensor] | None:

@@ -206,6 +206,17 @@ def test_a_hanging_answer_costs_one_limit_and_the_next_is_graded():
         assert grader.grade(r"\boxed{\frac12}", "0.5") == 1 and grader.failures == failures
 
 
+def test_a_worker_that_dies_is_replaced_and_the_next_answer_is_graded(monkeypatch):
+    dying = lambda: subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    grader, start = Graders(1), Graders._start
+    for failures in (1, 2, 3):
+        monkeypatch.setattr(Graders, "_start", staticmethod(dying))
+        assert grader.grade(r"\boxed{2}", "3") == 0 and grader.failures == failures
+        monkeypatch.setattr(Graders, "_start", staticmethod(start))
+        assert grader.grade(r"\boxed{\frac12}", "0.5") == 1 and grader.failures == failures
+        grader._idle.get().kill(), grader._idle.put(None)
+
+
 def test_all_are_graded_by_their_task_and_cut_off_answers_earn_nothing(monkeypatch, grader):
     monkeypatch.setattr(tasks, "graders", lambda: grader)
     problems = [Problem("m", "?", "0.5"), Problem("c", "", "2357=22", "countdown"), Problem("g", "", "2357=22", "countdown-graded")]

@@ -190,6 +190,26 @@ def test_every_objective_runs(tmp_path, capsys, flags, ks):
     assert any(row["grad_norm"] > 0 for row in metrics) and all((row["logprob_gap_max"] or 0) < 1e-4 for row in metrics)
 
 
+def test_at_k_1_the_first_step_of_a_run_is_reinforce_bit_for_bit(monkeypatch, tmp_path):
+    seen, update = [], policy.update
+    monkeypatch.setattr(policy, "update", lambda model, optimizer, rollouts, *a, **b: seen.extend(rollouts) or update(model, optimizer, rollouts, *a, **b))
+    run = go(tmp_path / "run", "--k", 1, "--steps", 1, "--micro-batch-tokens", 1)
+    model, tokenizer = policy.load_model("toy")
+    model = policy.add_lora(model, rank=8, alpha=32, seed=5)
+    parameters, qwen = [p for p in model.parameters() if p.requires_grad], model.base_model.model
+    adam = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for rollout in sorted(seen, key=lambda rollout: -len(rollout.prompt_ids + rollout.completion_ids)):
+        if reward := tasks.grade_countdown(rollout.text, tokenizer.decode(rollout.prompt_ids)[:-1]):
+            ids, start = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]]), len(rollout.prompt_ids)
+            logits = qwen.lm_head(qwen.model(ids).last_hidden_state[0, start - 1:-1])                       # (T, V)
+            (-reward * (logits[range(len(logits)), ids[0, start:]] - logits.logsumexp(-1)).sum() / 24).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    adam.step()
+    saved = policy.load_file(run / "step_000001" / "adapter_model.safetensors")
+    assert len(seen) == 24 and len(saved) == len(parameters)
+    assert all(torch.equal(saved[name.replace(".default", "")], p) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def test_another_architecture_with_a_chat_template_learns_from_a_file(monkeypatch, tmp_path, capsys):
     model, data = save_model("llama", tmp_path / "llama"), tmp_path / "sums.jsonl"
     (tmp_path / "llama" / "chat_template.jinja").write_text("\\boxed{{ '{}' }}{{ messages[0].content }}=")
