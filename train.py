@@ -79,7 +79,8 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, held_
                                   importance_cap=args.importance_cap)
         except (UserError, policy.BadNumbers) as error:     # the policy is still that of the step before
             policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped})
-            raise UserError(f"step {step + 1} was not applied: {error}. Nothing is lost: go on with --resume {run}") from error
+            raise UserError(f"step {step + 1} was not applied: {error}. The policy before it is saved: go on with "
+                            f"--resume {run}; if that policy is what broke, start from an earlier {run}/step_... with --model") from error
         clock.lap("learn")
         sync(sampler, model, version=step + 1)
         clock.lap("sync")
@@ -253,7 +254,7 @@ class RunLog:
 
     def _cut(self, name: str, keep) -> list[dict]:
         path = self.run / name
-        lines = tasks.read_lines(path)[:-1] if path.exists() else []        # behind the last a newline: nothing, or half a line
+        lines = tasks.read_lines(path)[:-1] if path.exists() else []        # behind the last newline: nothing, or half a line
         lines = [line for line in lines if keep(json.loads(line))]
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -323,7 +324,7 @@ ALWAYS = {"objective": "passk", "baseline": "none", "k": "4", "temperature": 1.0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All flags default to None here: what was not given follows from the model's task (`settle`)."""
+    """All flags default to None here: what was not given follows from the model's task (`parse_flags`)."""
     parser = sample.make_parser(__doc__)
     parser.add_argument("--model", help="toy, hub id, short name (Qwen2.5-Math-1.5B), local folder or run directory (default toy)")
     method = parser.add_argument_group("method")
