@@ -8,11 +8,14 @@ A "rollout" here is anything with prompt_ids, completion_ids and logprobs (see `
 Shapes: B rows of a micro-batch, L its longest row, D hidden size, V vocabulary, N completion tokens of all rows.
 """
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,12 +23,14 @@ import transformers
 
 for _library in ("bitsandbytes", "huggingface_hub"):             # warnings about what is optional, or said in a sentence here
     logging.getLogger(_library).setLevel(logging.ERROR)
+from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rspo
 from tasks import UserError, nearest
@@ -37,10 +42,15 @@ TOY = Path(__file__).resolve().parent / "toy"
 ORGANISATIONS = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google",
                  "OLMo": "allenai", "DeepSeek": "deepseek-ai", "Mistral": "mistralai", "phi": "microsoft"}
 LOGITS_AT_ONCE = 2**27          # elements; the vocabulary head runs on so many logits at a time (0.5 GB in fp32)
+LOGIT_BYTES = 20                # at the peak of its backward pass: five fp32 copies of a logit
 
 
 class BadNumbers(ArithmeticError):
-    """A loss or gradient is NaN or infinite. The update was not applied."""
+    """A reward, loss or gradient is NaN or infinite. The update was not applied."""
+
+
+class BrokenPolicy(BadNumbers):
+    """The policy's own probabilities are NaN or infinite: nothing can be sampled from it."""
 
 
 # ---------------------------------------------------------------- load
@@ -76,8 +86,22 @@ def resolve_model(name: str) -> tuple[str, Path | None]:
 def read_run(folder: Path) -> dict | None:
     """config.json of a run directory, or None where the folder is not one."""
     path = Path(folder) / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    return config if "flags" in config else None
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    return config if isinstance(config, dict) and "flags" in config else None
+
+
+def run_flags(folder: Path, names) -> dict:
+    """The flags of those names of a run directory. Raises UserError if config.json lacks one."""
+    flags = read_run(folder)["flags"]
+    for name in sorted(names):
+        if name not in flags:
+            raise UserError(f"{folder}/config.json lacks the flag {name!r}: it was written by another version of train.py")
+    return {name: flags[name] for name in names}
 
 
 def pick_device() -> str:
@@ -110,25 +134,71 @@ def load_tokenizer(base: str):
     return tokenizer
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None, trainable_adapter: bool = False):
+def load_model(name: str, dtype: str = "auto", device: str | None = None, trainable_adapter: bool = False,
+               load_in_4bit: bool = False):
     """(model, tokenizer) of `resolve_model(name)`, in evaluation mode, adapter attached where there is one.
 
-    dtype: "auto" is bfloat16 on CUDA and float32 elsewhere. Only safetensors are read, never a pickle, and no
-    code of the checkpoint is run. Raises UserError where the model cannot be loaded.
+    dtype: "auto" is bfloat16 on CUDA and float32 elsewhere. load_in_4bit keeps the base's linear layers in NF4 with
+    doubly quantised scales (QLoRA, arXiv 2305.14314) and computes in dtype. Only safetensors are read, never a pickle,
+    and no code of the checkpoint is run. Raises UserError where the model cannot be loaded.
     """
     base, adapter = resolve_model(name)
     tokenizer = load_tokenizer(base)
+    device, dtype = device or pick_device(), getattr(torch, pick_dtype(dtype))
+    quantised = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     with _loading(base):
-        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, pick_dtype(dtype)),
-                                                           use_safetensors=True, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                                                           **(quantised if load_in_4bit else {}))
         if info["missing_keys"]:        # transformers would fill them with random numbers
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]} and {len(info['missing_keys']) - 1} more")
     model.requires_grad_(False)
+    for module in model.modules():      # on some CPUs bitsandbytes would swap in another layout: without gradient, rounded again
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(getattr(module, "dropout", None), float):     # of a whole layer (OPT); what is sampled is what is learned
+            module.dropout = 0.0
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
-    model = model.to(device or pick_device()).eval()
+    model = (model if load_in_4bit else model.to(device)).eval()
     check_head(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def dequantised_copy(model, tokenizer) -> Path:
+    """Folder with an ordinary copy of a 4-bit model's base, every weight as the learner computes with it.
+
+    It is what vLLM serves, so that sampler and learner share one base function; the original weights are another
+    (LOG.md has the gap). Written once, named after its content, kept in the Hugging Face cache.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = type(causal.config).from_dict({k: v for k, v in causal.config.to_dict().items() if k != "quantization_config"})
+    weights, digest = {}, hashlib.sha256(config.to_json_string().encode())
+    for name, weight in causal.named_parameters():
+        if ".lora_" not in name:
+            quantised = getattr(weight, "quant_state", None)
+            value = weight if quantised is None else dequantize_4bit(weight, quantised)
+            value = value.detach().to(causal.dtype).cpu().contiguous()
+            weights[name.replace(".base_layer", "")] = value
+            digest.update(value.view(-1).view(torch.uint8).numpy())
+    name = Path(causal.config._name_or_path or "model").name
+    folder = Path(HF_HOME) / "rspo" / f"{name}-nf4-{digest.hexdigest()[:16]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent)
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(config, dtype=causal.dtype)
+        plain.load_state_dict(weights, strict=False, assign=True)
+        plain.tie_weights()
+        plain.generation_config = causal.generation_config
+        plain.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+        size = sum(weight.nbytes for weight in weights.values()) / 2**30
+        print(f"wrote the dequantised base for vLLM, {size:.2f} GiB, to {folder} (kept for the next run; delete it at will)")
+    return folder
 
 
 @torch.no_grad()
@@ -211,7 +281,103 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
+# ---------------------------------------------------------------- memory
+
+@contextmanager
+def recomputing(model):
+    """Inside, layers under `gradient_checkpointing_enable` keep their input alone and are run again in the backward pass.
+
+    transformers does so in training mode only. Only the layers' own flag is set: nothing inside them starts to drop out.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def learning_bytes(model, tokens: int) -> dict[str, int]:
+    """Estimated bytes of learning a micro-batch of that many tokens, by part.
+
+    Activations are counted, not modelled: the tensors that autograd keeps for short rows (in bytes a token, parameters
+    left out) are extrapolated to `tokens`. Attention kernels that build the (L, L) matrix are not covered.
+    """
+    def kept(length: int) -> int:
+        storages = {}
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage.nbytes(), storage           # held, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = _backbone_and_head(model)[0](input_ids=torch.zeros(1, length, dtype=torch.long, device=model.device),
+                                                  use_cache=False).last_hidden_state                # (1, L, D)
+        return sum(size for size, _ in storages.values()) + 0 * len(output)
+
+    def per_token() -> float:
+        return max(0.0, (kept(192) - kept(64)) / 128)
+
+    config, head = model.config, _backbone_and_head(model)[1]
+    full = per_token()
+    with recomputing(model):
+        activations = per_token()
+    if activations < full:                          # recomputed: one layer's activations at a time come on top
+        activations += full / config.num_hidden_layers
+    adapter = sum(p.nbytes for p in trainable(model).values())
+    return {"weights": sum(p.nbytes for p in model.parameters()) + 3 * adapter,         # + gradient and two moments
+            "activations": int(activations * tokens),
+            "logits": min(LOGITS_AT_ONCE, tokens * head.weight.shape[0]) * LOGIT_BYTES}
+
+
+def rehearse(model, prompt: int, answer: int, rows: int, micro_batch_tokens: int) -> None:
+    """Learn the worst micro-batch once, for nothing: the longest prompt and answers (tokens), as many as one batch holds.
+
+    Raises UserError where the GPU's memory does not suffice. Changes no parameter and leaves no gradient.
+    """
+    length = prompt + answer
+    rows = len(micro_batches([length] * rows, micro_batch_tokens)[0])
+    fakes = [_Fake((0,) * prompt, (0,) * answer)] * rows
+    parts = learning_bytes(model, rows * length)
+    try:
+        moments = [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]         # those of the optimizer
+        with recomputing(model):
+            logprobs, _ = token_logprobs(model, fakes, 1.0)
+            logprobs.sum().backward()
+    except torch.OutOfMemoryError as error:
+        estimate = " + ".join(f"{size / 2**30:.1f} {part}" for part, size in parts.items())
+        free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else float("nan")
+        raise UserError(f"the GPU's memory does not suffice to learn {rows} answers of {length} tokens at once (estimated "
+                        f"{sum(parts.values()) / 2**30:.1f} GiB = {estimate}; free now {free:.1f}): lower --micro-batch-tokens "
+                        f"({micro_batch_tokens}), --max-new-tokens ({answer}) or, with vLLM, --gpu-memory, or add "
+                        "--gradient-checkpointing or --load-in-4bit") from error
+    finally:
+        moments = None
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+@dataclass(frozen=True)
+class _Fake:
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
 # ---------------------------------------------------------------- one update
+
+def make_optimizer(model, lr: float, eight_bit: bool) -> torch.optim.Optimizer:
+    """AdamW on the adapter; eight_bit keeps its moments in blocks of 8-bit numbers (bitsandbytes, arXiv 2110.02861)."""
+    settings = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    if not eight_bit:
+        return torch.optim.AdamW(trainable(model).values(), **settings)
+    from bitsandbytes.optim import AdamW8bit
+    return AdamW8bit(trainable(model).values(), **settings)
+
 
 @torch.no_grad()
 def agreement(model, rollouts: list, temperature: float) -> tuple[float, float]:
@@ -245,15 +411,16 @@ def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: in
     for batch in micro_batches(lengths, micro_batch_tokens):
         indices = [kept[i] for i in batch]
         chosen = [rollouts[i] for i in indices]
-        logprobs, rows = token_logprobs(model, chosen, temperature)                     # (N,), (N,)
-        token_weights = weights[indices].to(logprobs.device, logprobs.dtype)[rows]      # (N,)
-        gap = logprobs.detach() - _sampled(chosen).to(logprobs.device)                  # (N,)
-        if importance_cap:
-            token_weights = token_weights * gap.exp().clamp(max=importance_cap)         # (N,)
-        loss = rspo.policy_gradient_loss(logprobs, token_weights, num_samples)          # ()
-        if not torch.isfinite(loss):
-            raise BadNumbers(f"the loss is {loss.item()}")
-        loss.backward()
+        with recomputing(model):
+            logprobs, rows = token_logprobs(model, chosen, temperature)                 # (N,), (N,)
+            token_weights = weights[indices].to(logprobs.device, logprobs.dtype)[rows]  # (N,)
+            gap = logprobs.detach() - _sampled(chosen).to(logprobs.device)              # (N,)
+            if importance_cap:
+                token_weights = token_weights * gap.exp().clamp(max=importance_cap)     # (N,)
+            loss = rspo.policy_gradient_loss(logprobs, token_weights, num_samples)      # ()
+            if not torch.isfinite(loss):
+                raise BadNumbers(f"the loss is {loss.item()}")
+            loss.backward()
         gap_sum, gap_max, learned = gap_sum + gap.abs().sum().item(), max(gap_max, gap.abs().max().item()), learned + len(gap)
     parameters = list(trainable(model).values())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
@@ -266,20 +433,24 @@ def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: in
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(run: Path, step: int, model: PeftModel, optimizer, state: dict) -> Path:
-    """Write run/step_000100/: the adapter in PEFT's layout, optimizer.safetensors, state.json. Atomic, no pickle."""
+    """Write run/step_000100/: the adapter in PEFT's layout, optimizer.safetensors, state.json. Atomic, no pickle.
+
+    A checkpoint of this step that is already there is whole, and of the same policy: it stays.
+    """
     final = Path(run) / f"step_{step:06d}"
+    if final.is_dir():
+        return final
     unfinished = Path(run) / f".{final.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
-    moments = {f"{name}.{key}": value.reshape(-1) if value.ndim == 0 else value
+    moments = {f"{name}:{key}": torch.as_tensor(value).clone()              # clone: 8-bit moments share their code book
                for name, parameter in trainable(model).items() for key, value in optimizer.state[parameter].items()}
-    save_file({name: value.contiguous() for name, value in moments.items()}, unfinished / "optimizer.safetensors")
+    save_file(moments, unfinished / "optimizer.safetensors")
     (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
     for path in [*unfinished.iterdir(), unfinished]:       # on disk before the rename makes it count
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    shutil.rmtree(final, ignore_errors=True)
     os.replace(unfinished, final)
     return final
 
@@ -287,13 +458,13 @@ def save_checkpoint(run: Path, step: int, model: PeftModel, optimizer, state: di
 def load_checkpoint(folder: Path, model: PeftModel, optimizer) -> dict:
     """Put adapter and optimizer back as `save_checkpoint` left them; returns its state, `step` included."""
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    moments = load_file(folder / "optimizer.safetensors")
+    moments: dict[str, dict] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        name, kind = key.rsplit(":", 1)
+        integer = value.ndim == 0 and value.dtype == torch.int64            # 8-bit AdamW counts its steps in a plain int
+        moments.setdefault(name, {})[kind] = value.item() if integer else value
     saved = optimizer.state_dict()
-    saved["state"] = {}
-    for index, name in enumerate(trainable(model)):
-        if f"{name}.step" in moments:
-            saved["state"][index] = {"step": moments[f"{name}.step"][0], "exp_avg": moments[f"{name}.exp_avg"],
-                                     "exp_avg_sq": moments[f"{name}.exp_avg_sq"]}
+    saved["state"] = {index: moments[name] for index, name in enumerate(trainable(model)) if name in moments}
     optimizer.load_state_dict(saved)
     return json.loads((folder / "state.json").read_text())
 

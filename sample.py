@@ -70,6 +70,7 @@ class HFSampler:
     """Samples with transformers' generate, from the very model object that learns: it is never out of date."""
 
     adapter_root = None         # needs no adapter files
+    block_tokens = ROW_TOKENS   # prompt and answer tokens worth handing over in one call
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.stops = model, tokenizer, stop_ids(model.generation_config, tokenizer)
@@ -79,6 +80,9 @@ class HFSampler:
 
     def sync(self, adapter_dir: Path, version: int) -> None:
         """Nothing to do: the model is shared."""
+
+    def sleep(self) -> None:
+        """Nothing to do: it holds no memory between calls."""
 
     def generate(self, prompts, n: int, temperature: float, max_new_tokens: int, seed: int) -> list[list[Rollout]]:
         """n rollouts [P][n] of each prompt (token ids). The same arguments give the same rollouts on the same machine."""
@@ -131,7 +135,7 @@ class _Recorder(LogitsProcessor):
             self.chosen.append(self.last.gather(-1, input_ids[:, -1:]))                         # (B, 1)
         self.last = (scores / self.temperature).log_softmax(-1)                                 # (B, V)
         if self.last[:, 0].isnan().any():                   # one bad logit makes its whole row NaN
-            raise UserError("the policy's probabilities are NaN or infinite; the learning rate was probably too high")
+            raise policy.BrokenPolicy("the policy's probabilities are NaN or infinite; the learning rate was probably too high")
         return self.last
 
     def finish(self, sequences) -> list[list[float]]:
@@ -148,7 +152,13 @@ class VLLMSampler:
     would silently serve the old policy.
     """
 
-    def __init__(self, base: str, tokenizer, stops: list[int], *, dtype: str, lora_rank: int, context: int, gpu_memory: float):
+    block_tokens = 16 * ROW_TOKENS      # it schedules its rows itself, and a large call keeps it busy
+
+    def __init__(self, base: str, tokenizer, stops: list[int], *, dtype: str, lora_rank: int, context: int, gpu_memory: float,
+                 sleeps: bool = False):
+        """base: folder or hub id, never 4-bit (see `policy.dequantised_copy`). context: tokens of the longest prompt and
+        answer. gpu_memory: share of the GPU. sleeps: `sleep` is used, and gives that share back for a while.
+        """
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")        # in this process: starts faster, deterministic
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
@@ -165,11 +175,11 @@ class VLLMSampler:
         try:
             self.engine = LLM(base, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=rank, max_model_len=context,
                               logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=not on_gpu, seed=0,
-                              **memory)
+                              enable_sleep_mode=sleeps, **memory)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"vLLM could not start on {base} with a context of {context} tokens ({str(error).splitlines()[0]}); on a "
                             "GPU too small lower --gpu-memory or --max-new-tokens, or take --sampler hf") from error
-        self.tokenizer, self.stops, self.adapter = tokenizer, stops, None
+        self.tokenizer, self.stops, self.adapter, self.sleeps, self.asleep = tokenizer, stops, None, sleeps, False
         self.adapter_root = Path(tempfile.mkdtemp(prefix="rspo-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         atexit.register(shutil.rmtree, self.adapter_root, ignore_errors=True)
 
@@ -177,11 +187,20 @@ class VLLMSampler:
         """Sample from the adapter in adapter_dir from now on; version must never have been used before."""
         from vllm.lora.request import LoRARequest
 
+        if self.asleep:
+            self.engine.wake_up()
+            self.asleep = False
         if self.adapter is not None:
             self.engine.llm_engine.remove_lora(self.adapter.lora_int_id)
             if Path(self.adapter.lora_path).parent == self.adapter_root:
                 shutil.rmtree(self.adapter.lora_path, ignore_errors=True)
         self.adapter = LoRARequest(f"policy-{version}", version + 1, str(adapter_dir))
+
+    def sleep(self) -> None:
+        """With `sleeps`: leave the GPU to the learner until the next `sync`. Level 1: the weights wait in RAM (level 2 breaks LoRA)."""
+        if self.sleeps:
+            self.engine.sleep(level=1)
+            self.asleep = True
 
     def generate(self, prompts, n: int, temperature: float, max_new_tokens: int, seed: int) -> list[list[Rollout]]:
         """n rollouts [P][n] of each prompt (token ids), all in one call. Sample j of prompt i draws from seed + i n + j."""
@@ -195,9 +214,12 @@ class VLLMSampler:
                                            lora_request=self.adapter, use_tqdm=False)
         except Exception as error:      # a dead engine raises many kinds; whichever it is, sampling is over
             raise UserError(f"vLLM stopped working ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
-        return [[make_rollout(prompt, list(output.token_ids), output.logprobs.logprobs, self.stops, self.tokenizer)
-                 for output in sorted(result.outputs, key=lambda output: output.index)]
-                for prompt, result in zip(prompts, results)]
+        groups = [[make_rollout(prompt, list(output.token_ids), output.logprobs.logprobs, self.stops, self.tokenizer)
+                   for output in sorted(result.outputs, key=lambda output: output.index)]
+                  for prompt, result in zip(prompts, results)]
+        if any(value != value for group in groups for rollout in group for value in rollout.logprobs):
+            raise policy.BrokenPolicy("the policy's probabilities are NaN; the learning rate was probably too high")
+        return groups
 
 
 def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
@@ -225,8 +247,12 @@ def open_sampler(args: argparse.Namespace, problems: list[Problem]):
     """A sampler of args.model as it is on disk, and the prompts [P] of problems."""
     base, adapter = policy.resolve_model(args.model)
     if pick_sampler(args.sampler) == "hf":
-        model, tokenizer = policy.load_model(args.model, args.dtype)
+        model, tokenizer = policy.load_model(args.model, args.dtype, load_in_4bit=args.load_in_4bit)
         return HFSampler(model, tokenizer), encode_prompts(problems, tokenizer, context_length(model.config), args.max_new_tokens)
+    if args.load_in_4bit:
+        model, tokenizer = policy.load_model(base, args.dtype, load_in_4bit=True)
+        base = str(policy.dequantised_copy(model, tokenizer))
+        del model
     tokenizer = policy.load_tokenizer(base)
     config = AutoConfig.from_pretrained(base)
     prompts = encode_prompts(problems, tokenizer, context_length(config), args.max_new_tokens)
@@ -267,6 +293,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                        help="what samples (default auto: vllm where CUDA and vLLM are there, else transformers' generate)")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                        help="of the frozen base model (default auto: bfloat16 on CUDA, else float32)")
+    group.add_argument("--load-in-4bit", action="store_true", default=None,
+                       help="keep the base model in 4 bits (NF4, double quantisation; a run remembers it)")
     group.add_argument("--limit", type=int, help="use that many of the evaluation problems (toy 200, else all)")
     group.add_argument("--seed", type=int, help="of everything random (default 0)")
 
@@ -284,22 +312,22 @@ def fill_in(args: argparse.Namespace, defaults: dict) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least {low}")
-    if not 0 <= args.seed < 10**8:
-        raise UserError(f"--seed is {args.seed}, but must lie in 0..{10**8 - 1}")
+    if not 0 <= args.seed < 10**5:          # training's seeds lie below 10**15, evaluation's from there on
+        raise UserError(f"--seed is {args.seed}, but must lie in 0..{10**5 - 1}")
     if not 0 < args.temperature < float("inf"):
         raise UserError(f"--temperature is {args.temperature}, but must be above 0")
 
 
 def sampling_defaults(model: str) -> dict:
     """Settings that follow from the model: of a run, its own; of the toy, Countdown's; else mathematics'."""
-    run = policy.read_run(Path(model)) or policy.read_run(Path(model).parent)
-    if run:
-        flags = run["flags"]
-        return {"data": flags["eval_data"], "n": 64, "limit": flags["limit"],
-                **{name: flags[name] for name in ("temperature", "max_new_tokens", "sampler", "dtype", "seed")}}
+    for folder in (Path(model), Path(model).parent):
+        if policy.read_run(folder):
+            own = policy.run_flags(folder, ("eval_data", "limit", "temperature", "max_new_tokens", "sampler", "dtype",
+                                            "load_in_4bit", "seed"))
+            return {"data": own.pop("eval_data"), "n": 64, **own}
     toy = is_toy(model)
     return {"data": "countdown:test" if toy else "math500", "n": 64, "temperature": 1.0, "sampler": "auto", "dtype": "auto",
-            "max_new_tokens": 12 if toy else 2048, "limit": 200 if toy else None, "seed": 0}
+            "load_in_4bit": False, "max_new_tokens": 12 if toy else 2048, "limit": 200 if toy else None, "seed": 0}
 
 
 def context_length(config) -> int:
@@ -308,7 +336,7 @@ def context_length(config) -> int:
 
 def sample_problems(sampler, prompts, n: int, temperature: float, max_new_tokens: int, seed: int, label: str):
     """Yield the n rollouts of each prompt, in order, with a progress bar. Seeded by block, so a block can be redone."""
-    block = max(1, ROW_TOKENS // (n * (max(map(len, prompts)) + max_new_tokens)))
+    block = max(1, sampler.block_tokens // (n * (max(map(len, prompts)) + max_new_tokens)))
     with tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=None) as bar:
         for start in range(0, len(prompts), block):
             groups = sampler.generate(prompts[start:start + block], n, temperature, max_new_tokens, seed + start * n)

@@ -47,60 +47,93 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, held_
                              for each in (problems, held_out))
     if not run.exists():
         write_config(run, args)
-    optimizer = torch.optim.AdamW(policy.trainable(model).values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = policy.make_optimizer(model, args.lr, args.adam_8bit)
     start, skipped = 0, 0                                   # steps done; steps without a single non-zero weight
     if checkpoint:
         state = policy.load_checkpoint(checkpoint, model, optimizer)
         start, skipped = state["step"], state["skipped"]
-    sampler = make_sampler(args, model, tokenizer, max(map(len, prompts + eval_prompts)) + args.max_new_tokens)
-    sync(sampler, model, version=start)
+    sampler = prepare(args, model, tokenizer, max(map(len, prompts)), max(map(len, prompts + eval_prompts)), version=start)
     log, stop = RunLog(run, start), StopRequest()
+    save = lambda step: policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped})
 
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", disable=None):
-        if step == 0 or args.eval_every and step % args.eval_every == 0:
-            evaluate_policy(args, log, step, sampler, held_out, eval_prompts)
-        clock = Clock()
-        ks = ks_at(args.k, step, args.steps)
-        batch = batch_at(len(problems), step, args.prompts, args.seed)                                  # [P]
         try:
+            if step == 0 or args.eval_every and step % args.eval_every == 0:
+                evaluate_policy(args, log, step, sampler, held_out, eval_prompts, stop)
+                if stop.requested:
+                    leave(save(step), stop)
+            clock = Clock()
+            ks = ks_at(args.k, step, args.steps)
+            batch = batch_at(len(problems), step, args.prompts, args.seed)                                  # [P]
             groups = sampler.generate([prompts[i] for i in batch], args.n, args.temperature, args.max_new_tokens,
-                                      seed_at(args.seed, step, args.prompts * args.n))                  # [P][n]
+                                      seed_at(args.seed, step, args.prompts * args.n))                      # [P][n]
             clock.lap("sample")
             if step < start + 3 or step % 10 == 0:
                 check_agreement(args, model, [group[0] for group in groups[:8]])
             failures = -tasks.graders().failures
-            rewards = torch.tensor(tasks.grade_all([problems[i] for i in batch], responses(groups)))    # (P, n)
+            rewards = torch.tensor(tasks.grade_all([problems[i] for i in batch], responses(groups)))        # (P, n)
             failures += tasks.graders().failures
             clock.lap("grade")
-            weights = weigh(rewards, ks, args.objective, args.baseline)                                 # (P, n)
+            sampler.sleep()
+            weights = weigh(rewards, ks, args.objective, args.baseline)                                     # (P, n)
             stats = policy.update(model, optimizer, [r for group in groups for r in group], weights.flatten(),
                                   num_samples=weights.numel(), temperature=args.temperature,
                                   micro_batch_tokens=args.micro_batch_tokens, max_grad_norm=args.max_grad_norm,
                                   importance_cap=args.importance_cap)
-        except (UserError, policy.BadNumbers) as error:     # the policy is still that of the step before
-            policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped})
-            raise UserError(f"step {step + 1} was not applied: {error}. The policy before it is saved: go on with "
-                            f"--resume {run}; if that policy is what broke, start from an earlier {run}/step_... with --model") from error
+        except (UserError, policy.BadNumbers) as error:
+            give_up(run, step, error, save)
         clock.lap("learn")
         sync(sampler, model, version=step + 1)
         clock.lap("sync")
         skipped += stats["learned_tokens"] == 0
         log.step(metrics_row(step + 1, ks, groups, rewards, weights, stats, clock, problems[0].task, skipped, failures), args.steps)
         if stop.requested or step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            policy.save_checkpoint(run, step + 1, model, optimizer, {"skipped": skipped})
+            save(step + 1)
         if stop.requested:
-            print(f"\nstopped after step {step + 1}; go on with: python train.py --resume {run}")
-            sys.exit(128 + stop.requested)
-    evaluate_policy(args, log, args.steps, sampler, held_out, eval_prompts)
+            leave(save(step + 1), stop)
+    evaluate_policy(args, log, args.steps, sampler, held_out, eval_prompts, stop)
+    if stop.requested:
+        leave(run / f"step_{args.steps:06d}", stop)
     log.report(held_out)
+
+
+def prepare(args: argparse.Namespace, model, tokenizer, prompt: int, longest_prompt: int, version: int):
+    """The sampler, with the policy of `version`, once the worst batch of a step is known to fit the GPU. prompt: tokens of the longest one."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sampler = make_sampler(args, model, tokenizer, longest_prompt + args.max_new_tokens)
+    sampler.sleep()
+    if model.device.type == "cuda":                         # elsewhere memory gives no error that could be caught
+        policy.rehearse(model, prompt, args.max_new_tokens, args.prompts * args.n, args.micro_batch_tokens)
+    sync(sampler, model, version)
+    return sampler
+
+
+def leave(checkpoint: Path, stop: "StopRequest") -> None:
+    print(f"\nstopped; {checkpoint} is whole, go on with: python train.py --resume {checkpoint.parent}")
+    sys.exit(128 + stop.requested)
+
+
+def give_up(run: Path, step: int, error: Exception, save) -> None:
+    """Step `step` + 1 failed: save the policy before it, unless that policy is what is broken, and say how to go on."""
+    if isinstance(error, policy.BrokenPolicy):
+        newest = policy.newest_checkpoint(run)
+        advice = "start again with a lower --lr" + (f", from --model {newest} if that was still sound" if newest else "")
+    elif isinstance(error, policy.BadNumbers):
+        advice = f"the policy before it is saved: start from it with --model {save(step)} and a lower --lr"
+    else:
+        save(step)
+        advice = f"the policy before it is saved: go on with --resume {run}"
+    raise UserError(f"step {step + 1} was not applied: {error}; {advice}") from error
 
 
 def make_sampler(args: argparse.Namespace, model, tokenizer, context: int):
     if args.sampler == "hf":
         return sample.HFSampler(model, tokenizer)
     rank = max(config.r for config in model.peft_config.values())
-    return sample.VLLMSampler(policy.resolve_model(args.model)[0], tokenizer, sample.stop_ids(model.generation_config, tokenizer),
-                              dtype=policy.pick_dtype(args.dtype), lora_rank=rank, context=context, gpu_memory=args.gpu_memory)
+    base = str(policy.dequantised_copy(model, tokenizer)) if args.load_in_4bit else policy.resolve_model(args.model)[0]
+    return sample.VLLMSampler(base, tokenizer, sample.stop_ids(model.generation_config, tokenizer), lora_rank=rank, context=context,
+                              dtype=policy.pick_dtype(args.dtype), gpu_memory=args.gpu_memory, sleeps=args.vllm_sleep)
 
 
 def sync(sampler, model, version: int) -> None:
@@ -121,12 +154,16 @@ def check_agreement(args: argparse.Namespace, model, rollouts: list) -> None:
                         "reach the sampler, stale cache blocks, another temperature, top-k or top-p in the sampler, another base model")
 
 
-def evaluate_policy(args: argparse.Namespace, log: "RunLog", step: int, sampler, held_out, prompts) -> None:
-    """Sample --eval-n answers to each held-out problem and log their rewards, once for each step."""
+def evaluate_policy(args: argparse.Namespace, log: "RunLog", step: int, sampler, held_out, prompts, stop: "StopRequest") -> None:
+    """Sample --eval-n answers to each held-out problem and log their rewards, once for each step. Dropped if a stop is requested."""
     if step in log.evaluated:
         return
-    groups = list(sample.sample_problems(sampler, prompts, args.eval_n, args.temperature, args.max_new_tokens,
-                                         seed=args.seed + 10**15, label=f"evaluating at step {step}"))
+    groups = []
+    for group in sample.sample_problems(sampler, prompts, args.eval_n, args.temperature, args.max_new_tokens,
+                                        seed=args.seed + 10**15, label=f"evaluating at step {step}"):
+        groups.append(group)
+        if stop.requested:
+            return
     log.evaluation(step, held_out, groups, tasks.grade_all(held_out, responses(groups)))
 
 
@@ -239,7 +276,7 @@ class StopRequest:
     def _request(self, number, frame) -> None:
         self.requested = number
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step (once more: at once)", flush=True)
+        print("\nstopping as soon as nothing is lost by it (once more: at once)", flush=True)
 
 
 class RunLog:
@@ -316,11 +353,12 @@ class RunLog:
 # ---------------------------------------------------------------- flags
 
 TOY_DEFAULTS = {"data": "countdown", "n": 16, "prompts": 32, "steps": 400, "max_new_tokens": 12, "lr": 1e-3, "lora_rank": 8,
-                "micro_batch_tokens": 16384, "eval_n": 64, "limit": 200, "save_every": 50}
+                "micro_batch_tokens": 16384, "eval_n": 64, "limit": 200, "save_every": 50, "gradient_checkpointing": False}
 DEFAULTS = {"data": "math", "n": 16, "prompts": 32, "steps": 200, "max_new_tokens": 2048, "lr": 2e-5, "lora_rank": 16,
-            "micro_batch_tokens": 16384, "eval_n": 16, "limit": None, "save_every": 20}
+            "micro_batch_tokens": 16384, "eval_n": 16, "limit": None, "save_every": 20, "gradient_checkpointing": True}
 ALWAYS = {"objective": "passk", "baseline": "none", "k": "4", "temperature": 1.0, "sampler": "auto", "dtype": "auto", "seed": 0,
-          "lora_alpha": 32, "max_grad_norm": 1.0, "gpu_memory": 0.45, "eval_every": 0, "eval_data": None, "model": "toy"}
+          "lora_alpha": 32, "max_grad_norm": 1.0, "gpu_memory": 0.45, "eval_every": 0, "eval_data": None, "model": "toy",
+          "adam_8bit": False, "vllm_sleep": False}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -341,10 +379,15 @@ def make_parser() -> argparse.ArgumentParser:
     learning.add_argument("--max-grad-norm", type=float, help="clip the gradient's norm (default 1; inf = off)")
     learning.add_argument("--micro-batch-tokens", type=int, help="tokens in one forward and backward; changes memory, not the "
                           "gradient (default 16384)")
+    learning.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
+                          help="compute activations twice instead of keeping them: a fraction of the memory (toy off, else on)")
+    learning.add_argument("--adam-8bit", action="store_true", default=None, help="8-bit AdamW (bitsandbytes) (default off)")
     learning.add_argument("--importance-cap", type=float, help="cap of the token-level ratio learner / sampler (default: 2 with vllm, "
                           "0 = off = exactly on-policy with hf)")
     sample.add_flags(parser)
     parser.add_argument("--gpu-memory", type=float, help="share of the GPU's memory for vLLM; the rest is the learner's (default 0.45)")
+    parser.add_argument("--vllm-sleep", action="store_true", default=None,
+                        help="vLLM gives its share of the GPU back while the learner works; costs a moment each step (default off)")
     run = parser.add_argument_group("run")
     run.add_argument("--run", type=Path, help="run directory (default runs/<model>-<objective>-k<k>-<time>)")
     run.add_argument("--resume", type=Path, help="run directory to go on with; takes every setting from it")
@@ -375,7 +418,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args.model = args.model or "toy"
     if args.model != "toy" and Path(args.model).is_dir():
         args.model = str(Path(args.model).resolve())        # so that the run can be used from anywhere
-    sample.fill_in(args, {**ALWAYS, **(TOY_DEFAULTS if sample.is_toy(args.model) else DEFAULTS)})
+    sample.fill_in(args, {**ALWAYS, **(TOY_DEFAULTS if sample.is_toy(args.model) else DEFAULTS), **of_adapter(args)})
     args.sampler = sample.pick_sampler(args.sampler)
     if args.importance_cap is None:
         args.importance_cap = 2.0 if args.sampler == "vllm" else 0.0
@@ -386,6 +429,20 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.run.exists():
         raise UserError(f"run directory {args.run} exists already: go on with --resume {args.run}, or give another --run")
     return args
+
+
+def of_adapter(args: argparse.Namespace) -> dict:
+    """What an adapter that --model names has settled already. UserError if a flag says otherwise."""
+    adapter = policy.resolve_model(args.model)[1]
+    if adapter is None:
+        return {"load_in_4bit": False}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    settled = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"],
+               "load_in_4bit": sample.sampling_defaults(str(adapter))["load_in_4bit"]}
+    for name, value in settled.items():
+        if getattr(args, name) not in (None, value):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but the adapter of {args.model} has {value}: leave it out")
+    return settled
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -402,6 +459,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--max-grad-norm is {args.max_grad_norm}, but must be above 0")
     if not 0 < args.gpu_memory < 1:
         raise UserError(f"--gpu-memory is {args.gpu_memory}, but must be a share between 0 and 1")
+    if args.vllm_sleep and (args.sampler != "vllm" or not torch.cuda.is_available()):
+        raise UserError("--vllm-sleep is for --sampler vllm on a CUDA GPU; leave it out")
     if args.importance_cap and not args.importance_cap >= 1:
         raise UserError(f"--importance-cap is {args.importance_cap}, but must be 0 (off) or at least 1")
     if args.eval_every < 0:
@@ -427,7 +486,10 @@ def write_config(run: Path, args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"run directory {run} cannot be made: {error.strerror}; give another --run") from error
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    used = ["torch", "transformers", "peft", *(["vllm"] if args.sampler == "vllm" else []),
+            *(["bitsandbytes"] if args.load_in_4bit or args.adam_8bit else [])]
+    installed_as = importlib.metadata.packages_distributions()              # vLLM is one module of several distributions
+    versions = {name: importlib.metadata.version(installed_as[name][0]) for name in used}
     flags = {name: value for name, value in vars(args).items() if name not in ("run", "resume")}
     config = {"flags": flags, "versions": versions, "git_commit": commit or None}
     (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -438,14 +500,14 @@ def main(argv: list[str] | None = None) -> None:
     run, checkpoint = args.run, None
     if args.resume:
         run = args.resume
-        config = policy.read_run(run)
-        if config is None:
+        if policy.read_run(run) is None:
             raise UserError(f"--resume {run}: no run directory there (no config.json of train.py)")
-        args, checkpoint = argparse.Namespace(**config["flags"]), policy.newest_checkpoint(run)
+        names = {action.dest for action in make_parser()._actions} - {"help", "run", "resume"}
+        args, checkpoint = argparse.Namespace(**policy.run_flags(run, names)), policy.newest_checkpoint(run)
         print(f"going on with {run} from {checkpoint.name if checkpoint else 'its start'}; it has {args.steps} steps")
     if sample.is_toy(args.model):
         torch.set_num_threads(1)        # the toy is too small to share: more threads would mostly wait for each other
-    model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True)
+    model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True, load_in_4bit=args.load_in_4bit)
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
     if args.objective == "passk" and problems[0].task == "countdown-graded":
         raise UserError(f"--objective passk needs 0/1 rewards, but {args.data} grades in [0, 1]: use --objective maxk")

@@ -102,7 +102,8 @@ def trained(tmp_path_factory):
     for parameter in policy.trainable(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
     policy.save_checkpoint(run, 7, model, torch.optim.AdamW(policy.trainable(model).values()), {})
-    flags = {"model": "toy", "eval_data": "countdown:test", "limit": 9, "temperature": 1.0, "max_new_tokens": 12, "sampler": "hf", "dtype": "auto", "seed": 0}
+    flags = {"model": "toy", "eval_data": "countdown:test", "limit": 9, "temperature": 1.0, "max_new_tokens": 12, "sampler": "hf", "dtype": "auto",
+             "load_in_4bit": False, "seed": 0}
     (run / "config.json").write_text(json.dumps({"flags": flags}))
     return run
 

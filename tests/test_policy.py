@@ -6,6 +6,8 @@
    may be left out bit for bit; at k = 1 a step is the plain policy gradient bit for bit; bad numbers change nothing.
 3. A fresh adapter changes nothing; a checkpoint goes on bit for bit, is plain PEFT, holds no pickle and appears whole.
 4. What a user may call a model resolves; what cannot be trained is refused in one sentence.
+5. A 4-bit policy is its dequantised copy to the bit, gradient included; 8-bit AdamW resumes to the bit.
+6. Recomputed activations and a rehearsal change no gradient and no parameter; too little memory is said in one sentence.
 """
 
 import json
@@ -355,3 +357,101 @@ def test_a_model_that_is_not_here_is_refused_with_what_was_tried():
     with pytest.raises(UserError, match="Qwen/Qwen2.5-Math-1.5B") as refused:
         policy.load_model("Qwen2.5-Math-1.5B")
     assert "local folder" in str(refused.value) and "\n" not in str(refused.value)
+
+
+# ---------------------------------------------------------------- 5. fewer bits
+
+def toy_policy(source="toy", load_in_4bit=False, rank=8):
+    model, tokenizer = policy.load_model(str(source), "float32", load_in_4bit=load_in_4bit)
+    model = policy.add_lora(model, rank, 32, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, tokenizer
+
+
+def toy_rollouts(count=6):
+    rng = random.Random(0)
+    answers = [tuple(rng.randrange(2, 17) for _ in range(rng.randrange(2, 8))) + (1,) for _ in range(count)]
+    return [Rollout(tuple(rng.randrange(2, 17) for _ in range(8)), answer, (-3.0,) * len(answer), "", True) for answer in answers]
+
+
+def test_a_4bit_policy_is_its_dequantised_copy_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(policy, "HF_HOME", tmp_path)
+    model, tokenizer = toy_policy(load_in_4bit=True)
+    with torch.no_grad():
+        token_logprobs(model, toy_rollouts(), 1.0)              # bitsandbytes may repack weights when it sees an inference
+    copy = policy.dequantised_copy(model, tokenizer)
+    plain, original = toy_policy(copy)[0], toy_policy()[0]
+    for each in (model, plain, original):
+        each.load_state_dict({name: value.detach() for name, value in trainable(model).items()}, strict=False)
+        token_logprobs(each, toy_rollouts(), 1.0)[0].sum().backward()
+    found = [torch.cat([g.flatten() for g in gradients(each).values()]) for each in (model, plain, original)]
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], rtol=1e-2)
+    quantised = [m for m in model.modules() if hasattr(m, "quant_state")]
+    assert len(quantised) == 28 and all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in quantised)
+
+
+def test_the_dequantised_copy_is_written_once_and_named_after_its_content(tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(policy, "HF_HOME", tmp_path)
+    first = policy.dequantised_copy(*policy.load_model("toy", "float32", load_in_4bit=True))
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    assert policy.dequantised_copy(*toy_policy(load_in_4bit=True)) == first and (first / "model.safetensors").stat().st_mtime_ns == written
+    other = policy.dequantised_copy(*policy.load_model("toy", "bfloat16", load_in_4bit=True))
+    assert other != first and sorted(path.name for path in (tmp_path / "rspo").iterdir()) == sorted([first.name, other.name])
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_8bit_adamw_resumes_to_the_bit(tmp_path, load_in_4bit):
+    learn = lambda model, optimizer: step(model, optimizer, toy_rollouts(), torch.ones(6))
+    model, optimizer = toy_policy(load_in_4bit=load_in_4bit, rank=64)[0], None
+    optimizer = policy.make_optimizer(model, 1e-2, eight_bit=True)
+    for _ in range(3):
+        learn(model, optimizer)
+    assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
+    saved = policy.save_checkpoint(tmp_path, 3, model, optimizer, {})
+    fresh = toy_policy(load_in_4bit=load_in_4bit, rank=64)[0]
+    fresh_optimizer = policy.make_optimizer(fresh, 1e-2, eight_bit=True)
+    policy.load_checkpoint(saved, fresh, fresh_optimizer)
+    for _ in range(2):
+        learn(model, optimizer), learn(fresh, fresh_optimizer)
+        assert same(values(fresh), values(model))
+
+
+# ---------------------------------------------------------------- 6. memory
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "opt", "gpt2"])
+def test_recomputed_activations_give_the_same_gradient_from_less_memory(learner, kind):
+    kept, recomputed, rollouts = learner(kind), learner(kind), make_rollouts(6)
+    recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for model in (kept, recomputed):
+        step(model, optimizer_of(model), rollouts, torch.linspace(-1, 2, 6))
+    assert same(gradients(kept), gradients(recomputed)) and not any(m.training for m in recomputed.modules())
+
+
+def test_the_memory_estimate_knows_what_recomputing_saves():
+    kept, recomputed = (toy_policy(rank=8)[0] for _ in range(2))
+    recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parts = [policy.learning_bytes(model, 1000) for model in (kept, recomputed)]
+    assert parts[1]["activations"] < 0.6 * parts[0]["activations"] and parts[0]["weights"] == parts[1]["weights"]
+    twice = policy.learning_bytes(kept, 2000)
+    assert twice["activations"] == pytest.approx(2 * parts[0]["activations"], rel=1e-6)
+
+
+def test_a_rehearsal_changes_nothing(learner):
+    model = learner()
+    before, state = values(model), torch.get_rng_state()
+    policy.rehearse(model, prompt=8, answer=12, rows=30, micro_batch_tokens=100)
+    assert same(values(model), before) and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters()) and not any(m.training for m in model.modules())
+
+
+def test_too_little_memory_is_said_before_the_first_step_with_the_flags_and_the_estimate(learner, monkeypatch):
+    def exhausted(model, rollouts, temperature):
+        assert len(rollouts) == 5 and all(len(r.prompt_ids) == 8 and len(r.completion_ids) == 12 for r in rollouts)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    model = learner()
+    monkeypatch.setattr(policy, "token_logprobs", exhausted)
+    with pytest.raises(UserError, match=r"5 answers of 20 tokens.*estimated .* GiB.*--micro-batch-tokens \(100\).*--max-new-tokens \(12\)"):
+        policy.rehearse(model, prompt=8, answer=12, rows=30, micro_batch_tokens=100)

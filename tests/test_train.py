@@ -284,7 +284,7 @@ def test_bad_numbers_stop_the_run_with_a_checkpoint_and_it_resumes_to_the_same_b
             calls.extend([1] if len(prompts) == 3 else [])
             return generate(self, prompts, n, 0.5 if bad == "sampler" and len(calls) == 2 else temperature, *rest)
         patch.setattr(sample.HFSampler, "generate", wrong)
-        with pytest.raises(UserError, match=f"step 2 was not applied: {said}") as stopped:
+        with pytest.raises(UserError, match=f"step 2 was not applied: {said}.*(--resume|--model .*step_000001)") as stopped:
             go(tmp_path / "run", "--eval-every", 2, "--save-every", 3)
         assert "\n" not in str(stopped.value)
     adapters = [(run / "step_000001" / "adapter_model.safetensors").read_bytes() for run in (tmp_path / "run", tiny)]
@@ -293,10 +293,65 @@ def test_bad_numbers_stop_the_run_with_a_checkpoint_and_it_resumes_to_the_same_b
     assert state(tmp_path / "run") == state(tiny)
 
 
-def test_a_policy_that_blew_up_ends_in_a_sentence_and_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="step [23] was not applied"):
-        go(tmp_path / "run", "--lr", 1e30)
-    assert policy.newest_checkpoint(tmp_path / "run")
+def test_a_policy_that_blew_up_ends_in_a_sentence_and_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match="step 2 was not applied: the policy's probabilities are NaN.*lower --lr"):
+        go(tmp_path / "run", "--lr", 1e30, "--save-every", 3)
+    assert policy.newest_checkpoint(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_stop_request_during_an_evaluation_acts_at_once(monkeypatch, tmp_path, tiny, step):
+    original = sample.sample_problems
+
+    def interrupted(*arguments, label, **rest):
+        for i, group in enumerate(original(*arguments, label=label, **rest)):
+            if i == 1 and label.endswith(f"step {step}"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert i < 2 or not label.endswith(f"step {step}")
+            yield group
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sample, "sample_problems", interrupted)
+        go(tmp_path / "run", "--eval-every", 2, "--save-every", 3)
+    assert stopped.value.code == 143 and policy.newest_checkpoint(tmp_path / "run").name == f"step_00000{step}"
+    train.main(["--resume", str(tmp_path / "run")])
+    assert state(tmp_path / "run") == state(tiny)
+
+
+def test_a_4bit_run_with_8bit_adamw_and_recomputed_activations_resumes_and_is_evaluated_in_4_bits(monkeypatch, tmp_path):
+    run = go(tmp_path / "run", "--load-in-4bit", "--adam-8bit", "--gradient-checkpointing")
+    unbroken = state(run)
+    shutil.rmtree(run / "step_000003")
+    train.main(["--resume", str(run)])
+    assert state(run) == unbroken and sample.sampling_defaults(str(run))["load_in_4bit"] is True
+    assert max(row["logprob_gap_max"] for row in rows(run / "metrics.jsonl")) < 1e-4
+
+
+def test_an_adapter_keeps_its_rank_and_its_base(tmp_path, tiny):
+    args = train.parse_flags(["--model", str(tiny)])
+    assert (args.lora_rank, args.load_in_4bit) == (json.loads((tiny / "config.json").read_text())["flags"]["lora_rank"], False)
+    for flags, said in ((["--lora-rank", "3"], "--lora-rank is 3"), (["--load-in-4bit"], "--load-in-4bit is True")):
+        with pytest.raises(UserError, match=f"{said}, but the adapter of .* has"):
+            train.parse_flags(["--model", str(tiny), *flags])
+
+
+def test_a_config_that_is_broken_or_of_another_version_is_said(tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    flags = json.loads(config.read_text())
+    del flags["flags"]["adam_8bit"]
+    for text, said in ((json.dumps(flags), "lacks the flag 'adam_8bit'.*another version"), ("{", "is not JSON")):
+        config.write_text(text)
+        with pytest.raises(UserError, match=said):
+            train.main(["--resume", str(tmp_path / "run")])
+
+
+def test_a_sampler_that_shares_the_gpu_sleeps_while_the_learner_works(monkeypatch, tmp_path):
+    calls, update = [], policy.update
+    monkeypatch.setattr(sample.HFSampler, "sleep", lambda self: calls.append("sleep"))
+    monkeypatch.setattr(train, "sync", lambda *a, **k: calls.append("sync"))
+    monkeypatch.setattr(policy, "update", lambda *a, **k: calls.append("learn") or update(*a, **k))
+    go(tmp_path / "run")
+    assert calls == ["sleep", "sync"] + ["sleep", "learn", "sync"] * 3
 
 
 @pytest.mark.parametrize("left", [0, 1, 3])
