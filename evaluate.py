@@ -3,22 +3,28 @@
     python evaluate.py                                     the toy model on held-out Countdown problems
     python evaluate.py --model toy runs/x                  before and after, and the difference problem by problem
     python evaluate.py --model samples.jsonl               what sample.py wrote, graded anew
-    python evaluate.py --model Qwen2.5-Math-1.5B --data aime2024 --n 64
+    python evaluate.py --model Qwen2.5-Math-1.5B --data math500,aime2024,amc2023,minerva,olympiadbench
 
 Each estimate is unbiased (Chen et al. 2021), from n samples a problem. The interval is over problems: it answers
 "would it hold for other problems like these?", mean +- 1.96 standard errors over the M problems. Samples of one
 problem are not independent evidence, so they are never counted as if they were. Two models on the same problems
 are compared problem by problem, which removes the spread between easy and hard problems.
+
+Beside the figure runs/evaluate.png stand the numbers, .json and .csv, and in runs/evaluate/ the samples, written as they
+come: the same command goes on where it was stopped, and what is complete is not sampled again.
 """
 
 import argparse
+import csv
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import policy
 import rspo
 import sample
 import tasks
@@ -32,6 +38,8 @@ class Curve:
     ks: tuple[int, ...]
     values: Tensor              # (M, K) estimate of each problem at each k
     problems: tuple[str, ...]   # the M problem ids
+    data: str = ""              # the data set, where it is known
+    answers: dict[str, Tensor] = field(default_factory=dict)    # (M,) each: majority vote, mean tokens, share cut off
 
 
 def powers_of_two(n: int) -> tuple[int, ...]:
@@ -57,6 +65,27 @@ def make_curve(name: str, problems: list[Problem], rewards: list[list[float]], k
     return Curve(name, metric, ks, values, tuple(p.id for p in problems))
 
 
+def describe_answers(groups: list[list[tuple[str, bool]]], tokens: list[list[int]], rewards: list[list[float]]) -> dict[str, Tensor]:
+    """What else n answers of M problems say, (M,) each: maj@n, tokens (mean length), cut off (share).
+
+    maj@n is the reward of the most frequent answer: of its boxed string (spaces apart), or of the whole text where there
+    is no box; answers that were cut off have no vote; a tie is shared.
+    """
+    def majority(group, values) -> float:
+        votes: dict[str, list[float]] = {}
+        for (text, finished), value in zip(group, values):
+            if finished:
+                votes.setdefault("".join((tasks.last_boxed(text) or text).split()), []).append(value)
+        most = max(map(len, votes.values()), default=0)
+        winners = [sum(values) / most for values in votes.values() if len(values) == most]
+        return sum(winners) / len(winners) if winners else 0.0
+
+    mean = lambda values: sum(values) / len(values)
+    return {f"maj@{min(map(len, groups))}": torch.tensor(list(map(majority, groups, rewards)), dtype=torch.float64),
+            "tokens": torch.tensor(list(map(mean, tokens)), dtype=torch.float64),
+            "cut off": torch.tensor([mean([not finished for _, finished in group]) for group in groups], dtype=torch.float64)}
+
+
 def interval(values: Tensor) -> tuple[Tensor, Tensor]:
     """(M, K) -> mean and half width of its 95 % interval over the M problems, both (K,); NaN width for M = 1."""
     spread = values.std(0) if len(values) > 1 else torch.full_like(values[0], float("nan"))    # (K,)
@@ -76,27 +105,68 @@ def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Te
 
 
 def table(curves: list[Curve]) -> str:
-    """Aligned text: a row a curve, then each curve minus the first, problem by problem; * = interval excludes 0."""
-    ks = tuple(sorted({k for curve in curves for k in curve.ks}))
-    labels = [curve.name for curve in curves] + [f"{curve.name} - {curves[0].name}" for curve in curves[1:]]
+    """Aligned text. For each data set a row a curve, then each curve minus the first, problem by problem."""
+    names = list(dict.fromkeys(curve.name for curve in curves))
+    labels = [f"{name} - {names[0]}" for name in names] + [curve.data for curve in curves] + ["mean of 99 data sets"] * (len(curves) > len(names))
     width = max(map(len, labels)) + 1
-    metric = curves[0].metric
-    lines = [" " * width + "".join(f"{f'{metric}@{k}':>18s}" for k in ks)]
+    lines: list[str] = []
+    for data in dict.fromkeys(curve.data for curve in curves):
+        lines += _block([curve for curve in curves if curve.data == data], data, width)
+    for name in names:
+        own = [curve for curve in curves if curve.name == name]
+        ks = tuple(k for k in own[0].ks if all(k in curve.ks for curve in own))
+        if len(own) > 1 and ks:
+            means, halves = zip(*(interval(curve.values[:, [curve.ks.index(k) for k in ks]]) for curve in own))
+            half = torch.stack(halves).square().sum(0).sqrt() / len(own)                                # (K,)
+            lines += ["", _header(f"mean of {len(own)} data sets", "pass", ks, (), width),
+                      _row(name, ks, ks, torch.stack(means).mean(0), half, width=width)]
+    counts = ", ".join(dict.fromkeys(str(len(curve.problems)) for curve in curves))
+    return "\n".join([*lines, f"95 % intervals over {counts} problems" + (
+        "; * = the interval of the paired difference excludes 0" if len(names) > 1 else "")])
 
-    def row(label: str, row_ks, mean, half, sign: str = "", star: bool = False) -> str:
-        cells = dict(zip(row_ks, (f"{m:{sign}.3f} +- {h:.3f}" + ("*" if star and abs(m) > h else " ") * star
-                                  for m, h in zip(mean.tolist(), half.tolist()))))
-        return f"{label:<{width}s}" + "".join(f"{cells.get(k, '-'):>18s}" for k in ks)
 
+def _block(curves: list[Curve], data: str, width: int) -> list[str]:
+    """Lines of one data set."""
+    ks = tuple(sorted({k for curve in curves for k in curve.ks}))
+    metric = "/".join(dict.fromkeys(curve.metric for curve in curves))
+    lines = [_header(data, metric, ks, tuple(curves[0].answers), width)]
     for curve in curves:
-        lines.append(row(curve.name, curve.ks, *interval(curve.values)))
+        cells = [f"{mean.item():.3f} +- {half.item():.3f}" if name.startswith("maj") else f"{mean.item():.{0 if name == 'tokens' else 3}f}"
+                 for name, values in curve.answers.items() for mean, half in [interval(values[:, None])]]
+        lines.append(_row(curve.name, ks, curve.ks, *interval(curve.values), width=width) + "".join(f"{cell:>18s}" for cell in cells))
     for curve in curves[1:]:
         change = difference(curve, curves[0])
         if change:
-            lines.append(row(f"{curve.name} - {curves[0].name}", *change, sign="+", star=True))
-    count = ", ".join(sorted({str(len(curve.problems)) for curve in curves}))
-    lines.append(f"95 % intervals over {count} problems" + ("; * = the interval of the paired difference excludes 0" if len(curves) > 1 else ""))
-    return "\n".join(lines)
+            lines.append(_row(f"{curve.name} - {curves[0].name}", ks, *change, width=width, change=True))
+    return lines
+
+
+def _header(label: str, metric: str, ks, others, width: int) -> str:
+    return f"{label:<{width}s}" + "".join(f"{column:>18s}" for column in [*(f"{metric}@{k}" for k in ks), *others])
+
+
+def _row(label: str, columns, ks, mean: Tensor, half: Tensor, width: int, change: bool = False) -> str:
+    """A cell for each of columns (ks), "-" where this row has none; a change has a sign, and a star if it excludes 0."""
+    cells = {}
+    for k, m, h in zip(ks, mean.tolist(), half.tolist()):
+        cells[k] = f"{m:{'+' if change else ''}.3f} +- {h:.3f}" + ("*" if abs(m) > h else " ") * change
+    return f"{label:<{width}s}" + "".join(f"{cells.get(k, '-'):>18s}" for k in columns)
+
+
+def write_numbers(curves: list[Curve], path: Path) -> None:
+    """path.json and path.csv: a row for each data set, model and k, and for what else is known of the answers."""
+    rows = []
+    for curve in curves:
+        columns = [(f"{curve.metric}@{k}", curve.values[:, i]) for i, k in enumerate(curve.ks)] + list(curve.answers.items())
+        for metric, values in columns:
+            mean, half = interval(values[:, None])
+            rows.append({"data": curve.data, "model": curve.name, "metric": metric, "mean": mean.item(),
+                         "half_width_95": half.item() if len(values) > 1 else None, "problems": len(values)})
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(curves: list[Curve], path: Path, title: str) -> None:
@@ -107,16 +177,18 @@ def plot(curves: list[Curve], path: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     styles = ("s--", "o-", "^-.", "v:", "D-", "x--")
+    several = len({curve.data for curve in curves}) > 1
     colours = ("#555555", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
     for i, curve in enumerate(curves):
         mean, half = interval(curve.values)
         colour = colours[i % len(colours)]
-        axes.plot(curve.ks, mean, styles[i % len(styles)], color=colour, label=curve.name)
+        axes.plot(curve.ks, mean, styles[i % len(styles)], color=colour, label=f"{curve.name}, {curve.data}" if several else curve.name)
         axes.fill_between(curve.ks, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
     ks = sorted({k for curve in curves for k in curve.ks})
+    metric = " or ".join(dict.fromkeys(f"{curve.metric}@k" for curve in curves))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
-    axes.set(xlabel="k (answers sampled, the best one counts)", ylabel=f"{curves[0].metric}@k on held-out problems", title=title)
+    axes.set(xlabel="k (answers sampled, the best one counts)", ylabel=f"{metric} on held-out problems", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -150,37 +222,74 @@ def plot_history(rows: list[dict], path: Path) -> None:
 
 # ---------------------------------------------------------------- samples files
 
-def read_samples(path: Path) -> tuple[list[Problem], list[list[tuple[str, bool]]]]:
-    """Problems and (text, finished) answers [M][n] of a file of sample.py. Raises UserError with file and line."""
-    problems, groups = [], []
+def read_samples(path: Path) -> tuple[list[Problem], list[list[tuple[str, bool]]], list[list[int]], str]:
+    """Problems [M], (text, finished) answers and their tokens [M][n], and data set of a file of sample.py. UserError with file and line."""
+    problems, groups, tokens, data = [], [], [], set()
     lines = tasks.read_lines(path)
     for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         try:
             row = json.loads(line)
             problems.append(Problem(row["id"], row["problem"], row["answer"], row["task"]))
             groups.append([(str(answer["text"]), bool(answer["finished"])) for answer in row["answers"]])
+            tokens.append([int(answer["tokens"]) for answer in row["answers"]])
+            data.add(str(row["data"]))
             if not groups[-1]:
                 raise ValueError("no answers")
+            if len(data) > 1:
+                raise ValueError(f"data set {row['data']!r}, but the lines before are of another")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not a row of sample.py ({type(error).__name__}: {error})") from error
     if not problems:
         raise UserError(f"samples file {path} holds no problems")
-    return problems, groups
+    return problems, groups, tokens, data.pop()
 
 
-def evaluate(args: argparse.Namespace, source: str) -> Curve:
-    """Curve of one --model entry: a samples file is read, anything else is sampled."""
-    name = Path(source).name
+def evaluate(args: argparse.Namespace, source: str, name: str) -> list[Curve]:
+    """Curves of one --model entry, one a data set: a samples file is read, anything else is sampled into files and then read."""
     if source.endswith(".jsonl"):
-        problems, groups = read_samples(Path(source))
-    else:
-        args = argparse.Namespace(**{**vars(args), "model": source})
-        sample.fill_in(args, sample.sampling_defaults(source))
-        check_ks(args.k, args.n)
-        rows = list(sample.sample_to_lines(args))
-        problems = [Problem(row["id"], row["problem"], row["answer"], row["task"]) for row in rows]
-        groups = [[(answer["text"], answer["finished"]) for answer in row["answers"]] for row in rows]
-    return make_curve(name, problems, tasks.grade_all(problems, groups), args.k)
+        given = [f"--{flag.replace('_', '-')}" for flag in ("n", "temperature", "max_new_tokens", "sampler", "dtype", "load_in_4bit", "limit", "seed")
+                 if getattr(args, flag) is not None]
+        if given and all(each.endswith(".jsonl") for each in args.model):
+            raise UserError(f"{given[0]} does not apply to samples that are drawn already; leave it out")
+        curves = [curve_of(Path(source), name, args.k)]
+        if args.data and curves[0].data not in args.data.split(","):
+            raise UserError(f"{source} holds answers to {curves[0].data!r}, not to --data {args.data}")
+        return curves
+    args = argparse.Namespace(**{**vars(args), "model": source})
+    sample.fill_in(args, sample.sampling_defaults(source))
+    check_ks(args.k, args.n)
+    folder = args.out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = {}                                                                   # samples file -> settings, problems
+    for data in args.data.split(","):
+        settings = sample.settings_of(args, data)
+        digest = hashlib.sha256(json.dumps([settings, weights_changed(source)]).encode()).hexdigest()[:8]
+        stem = "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in Path(part).name) for part in (source, data))
+        jobs[folder / f"{stem}-{digest}.jsonl"] = settings, tasks.load_problems(data, args.limit)
+    missing = {path: job for path, job in jobs.items() if sample.rows_done(path, job[0]) < len(job[1])}
+    if missing:
+        sampler, prompts = sample.open_sampler(args, [problem for _, problems in missing.values() for problem in problems])
+        for path, (settings, problems) in missing.items():
+            sample.sample_to_file(path, settings, problems, sampler, prompts[:len(problems)])
+            prompts = prompts[len(problems):]
+    for path in jobs.keys() - missing.keys():
+        print(f"{path} is complete already: not sampled again (delete it to do so)")
+    return [curve_of(path, name, args.k) for path in jobs]
+
+
+def weights_changed(source: str) -> int | None:
+    """When the weights of a local model last changed, so that old samples are not taken for a new model's."""
+    base, adapter = policy.resolve_model(source)
+    files = [path for folder in (Path(base), adapter) if folder for path in folder.glob("*.safetensors")]
+    return max((path.stat().st_mtime_ns for path in files), default=None)
+
+
+def curve_of(path: Path, name: str, ks: tuple[int, ...] | None) -> Curve:
+    """Curve of a samples file, graded now."""
+    problems, groups, tokens, data = read_samples(path)
+    rewards = tasks.grade_all(problems, groups)
+    curve = make_curve(name, problems, rewards, ks)
+    return replace(curve, data=data, answers=describe_answers(groups, tokens, rewards))
 
 
 def check_ks(ks: tuple[int, ...] | None, n: int) -> None:
@@ -202,17 +311,22 @@ def make_parser() -> argparse.ArgumentParser:
                         "local folder, run directory or a .jsonl of sample.py (default toy)")
     parser.add_argument("--k", type=parse_ks, help="ks to report, e.g. 1,8,64 (default: powers of two up to n)")
     sample.add_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluate.png"), help="figure (default runs/evaluate.png)")
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluate.png"), help="figure (default runs/evaluate.png); numbers and samples are written beside it")
     return parser
 
 
 def main() -> None:
     args = make_parser().parse_args()
-    curves = [evaluate(args, source) for source in args.model]
+    names = [Path(source).name for source in args.model]
+    curves = [curve for source, name in zip(args.model, names)
+              for curve in evaluate(args, source, name if names.count(name) == 1 else source)]
+    order = list(dict.fromkeys(curve.data for curve in curves))
+    curves.sort(key=lambda curve: order.index(curve.data))
     print(table(curves))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(curves, args.out, args.data or "")
-    print(f"figure: {args.out}")
+    plot(curves, args.out, ", ".join(dict.fromkeys(curve.data for curve in curves)))
+    write_numbers(curves, args.out)
+    print(f"figure: {args.out}; numbers beside it (.json, .csv)")
 
 
 if __name__ == "__main__":

@@ -303,7 +303,8 @@ def learning_bytes(model, tokens: int) -> dict[str, int]:
     """Estimated bytes of learning a micro-batch of that many tokens, by part.
 
     Activations are counted, not modelled: the tensors that autograd keeps for short rows (in bytes a token, parameters
-    left out) are extrapolated to `tokens`. Attention kernels that build the (L, L) matrix are not covered.
+    left out) are extrapolated to `tokens`. "workspace" is the larger of what is needed for a moment only: a chunk of
+    logits, or one layer that is run again. Attention kernels that build the (L, L) matrix are not covered.
     """
     def kept(length: int) -> int:
         storages = {}
@@ -323,16 +324,14 @@ def learning_bytes(model, tokens: int) -> dict[str, int]:
     def per_token() -> float:
         return max(0.0, (kept(192) - kept(64)) / 128)
 
-    config, head = model.config, _backbone_and_head(model)[1]
     full = per_token()
     with recomputing(model):
         activations = per_token()
-    if activations < full:                          # recomputed: one layer's activations at a time come on top
-        activations += full / config.num_hidden_layers
+    one_layer = full / model.config.num_hidden_layers if activations < full else 0.0
+    logits = min(LOGITS_AT_ONCE, tokens * _backbone_and_head(model)[1].weight.shape[0]) * LOGIT_BYTES
     adapter = sum(p.nbytes for p in trainable(model).values())
     return {"weights": sum(p.nbytes for p in model.parameters()) + 3 * adapter,         # + gradient and two moments
-            "activations": int(activations * tokens),
-            "logits": min(LOGITS_AT_ONCE, tokens * head.weight.shape[0]) * LOGIT_BYTES}
+            "activations": int(activations * tokens), "workspace": max(logits, int(one_layer * tokens))}
 
 
 def rehearse(model, prompt: int, answer: int, rows: int, micro_batch_tokens: int) -> None:

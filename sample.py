@@ -284,8 +284,8 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py, sample.py and evaluate.py share. None = follows from the model's task (`fill_in`)."""
     group = parser.add_argument_group("model and sampling")
-    group.add_argument("--data", help="data set: countdown, countdown-graded, math, gsm8k, math500, ..., a hub data set or a "
-                       ".jsonl; ':train' and ':test' take a fixed part (toy: countdown, else math)")
+    group.add_argument("--data", help="data set: countdown, countdown-graded, math, gsm8k, math500, ..., a hub data set or a .jsonl; "
+                       "':train' and ':test' take a fixed part, ':1-3' these levels (toy: countdown, else math)")
     group.add_argument("--n", type=int, help="answers sampled per problem (toy 16; evaluation: 64)")
     group.add_argument("--temperature", type=float, help="sampling temperature, > 0 (default 1)")
     group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (toy 12, else 2048)")
@@ -334,25 +334,60 @@ def context_length(config) -> int:
     return getattr(config, "max_position_embeddings", None) or 10**9
 
 
-def sample_problems(sampler, prompts, n: int, temperature: float, max_new_tokens: int, seed: int, label: str):
-    """Yield the n rollouts of each prompt, in order, with a progress bar. Seeded by block, so a block can be redone."""
-    block = max(1, sampler.block_tokens // (n * (max(map(len, prompts)) + max_new_tokens)))
-    with tqdm(total=len(prompts), desc=label, unit="problem", leave=False, disable=None) as bar:
-        for start in range(0, len(prompts), block):
-            groups = sampler.generate(prompts[start:start + block], n, temperature, max_new_tokens, seed + start * n)
+def sample_problems(sampler, prompts, n: int, temperature: float, max_new_tokens: int, seed: int, label: str, start: int = 0):
+    """Yield the n rollouts of each prompt from `start` on, in order, with a progress bar. Each block has seeds of its own."""
+    block = block_size(sampler, prompts, n, max_new_tokens)
+    with tqdm(total=len(prompts), initial=start, desc=label, unit="problem", leave=False, disable=None) as bar:
+        for begin in range(start, len(prompts), block):
+            groups = sampler.generate(prompts[begin:begin + block], n, temperature, max_new_tokens, seed + begin * n)
             yield from groups
             bar.update(len(groups))
 
 
-def sample_to_lines(args: argparse.Namespace):
-    """Load args.model and yield one samples.jsonl row (a dict) a problem of args.data: `answers` [n] and settings."""
-    problems = tasks.load_problems(args.data, args.limit)
-    sampler, prompts = open_sampler(args, problems)
-    groups = sample_problems(sampler, prompts, args.n, args.temperature, args.max_new_tokens, args.seed, f"sampling {args.model}")
-    for problem, group in zip(problems, groups):
-        yield {"id": problem.id, "task": problem.task, "problem": problem.question, "answer": problem.answer,
-               "model": args.model, "data": args.data, "temperature": args.temperature, "seed": args.seed,
+def block_size(sampler, prompts, n: int, max_new_tokens: int) -> int:
+    """Prompts handed to the sampler at a time."""
+    return max(1, sampler.block_tokens // (n * (max(map(len, prompts)) + max_new_tokens)))
+
+
+def settings_of(args: argparse.Namespace, data: str) -> dict:
+    """All that decides which answers are drawn: part of every row of a samples file."""
+    _, adapter = policy.resolve_model(args.model)
+    return {"model": args.model, "checkpoint": adapter and adapter.name, "data": data, "sampler": pick_sampler(args.sampler),
+            **{name: getattr(args, name) for name in ("n", "temperature", "max_new_tokens", "limit", "dtype", "load_in_4bit", "seed")}}
+
+
+def rows_done(path: Path, settings: dict) -> int:
+    """Whole rows in a samples file. Raises UserError if it was made with other settings."""
+    lines = tasks.read_lines(path) if path.exists() else [""]
+    if lines[0].startswith('{"id": ') and len(lines) == 1:              # killed within its first row
+        return 0
+    if lines != [""]:
+        try:
+            row = json.loads(lines[0])
+            other = [name for name in settings if row[name] != settings[name]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line 1: not a row of this version's sample.py; move the file away") from error
+        if other:
+            raise UserError(f"{path} was made with {other[0]} = {row[other[0]]!r}, not {settings[other[0]]!r}: give another --out or "
+                            "move it away")
+    return len(lines) - 1               # behind the last newline: nothing, or half a row
+
+
+def sample_to_file(path: Path, settings: dict, problems: list[Problem], sampler, prompts) -> None:
+    """Append the missing rows to a samples file, each as it comes; what an interrupted block left is made again."""
+    done = rows_done(path, settings)
+    if done == len(problems):
+        return
+    done -= done % block_size(sampler, prompts, settings["n"], settings["max_new_tokens"])
+    kept = "".join(line + "\n" for line in tasks.read_lines(path)[:done]) if path.exists() else ""
+    path.write_text(kept, encoding="utf-8")
+    groups = sample_problems(sampler, prompts, settings["n"], settings["temperature"], settings["max_new_tokens"], settings["seed"],
+                             f"sampling {settings['model']} on {settings['data']}", start=done)
+    for problem, group in zip(problems[done:], groups):
+        row = {"id": problem.id, "task": problem.task, "problem": problem.question, "answer": problem.answer, **settings,
                "answers": [{"text": r.text, "finished": r.finished, "tokens": len(r.completion_ids)} for r in group]}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -364,14 +399,10 @@ def main() -> None:
     fill_in(args, sampling_defaults(args.model))
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
-    if args.out.exists():
-        raise UserError(f"--out {args.out} exists already; give another name or move it away")
-    count = 0
-    for row in sample_to_lines(args):           # the file appears with its first line, and grows as samples come
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        count += 1
-    print(f"wrote {count} problems x {args.n} answers to {args.out}; next: python evaluate.py --model {args.out}")
+    problems, settings = tasks.load_problems(args.data, args.limit), settings_of(args, args.data)
+    if rows_done(args.out, settings) < len(problems):
+        sample_to_file(args.out, settings, problems, *open_sampler(args, problems))
+    print(f"{args.out} holds {len(problems)} problems x {args.n} answers; next: python evaluate.py --model {args.out}")
 
 
 def run_script(main) -> None:

@@ -2,9 +2,11 @@
 
 A data set is named by a short name (`countdown`, `math500`, ..., see BENCHMARKS), a hub data set with the
 columns problem (or question) and answer, or a .jsonl file with `problem` and `answer` on each line (and, if it
-brings its own, the exact `prompt`). Any of these takes `:train` or `:test` behind it: a fixed split by the hash of the question, one tenth for testing.
+brings its own, the exact `prompt`). Any of these takes `:train` or `:test` behind it, a fixed split by the hash of the
+question with one tenth for testing, and `:3` or `:1-3`, the problems of these levels (MATH knows levels 1 to 5).
 
-Rewards. Mathematics: 1 if the last \\boxed{...} equals the answer, else 0 (math-verify decides).
+Rewards. Mathematics: 1 if the last balanced \\boxed{...} equals the answer, else 0: compared as a string, by shape
+and value, and by math-verify (see mathgrader.py).
 Countdown: 1 if the expression uses the numbers exactly once and hits the target; the graded variant
 `countdown-graded` gives exp(-|value - target| / 5) for any valid expression. A response that was cut off
 before its end token earns 0 everywhere.
@@ -14,20 +16,24 @@ import difflib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import queue
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mathgrader import judge, last_boxed, parsable
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 GRADE_LIMIT_S = 5.0           # seconds for one answer; a worker that takes longer is killed and the answer earns 0
 TASKS = ("math", "countdown", "countdown-graded")
-LONGEST_ANSWER = 1000         # characters; a longer boxed answer is compared as a string only
+WORKER_BYTES = 4 << 30        # memory of one grading worker, where the system can limit it
 
 
 class UserError(ValueError):
@@ -41,6 +47,7 @@ class Problem:
     answer: str               # the gold answer; for Countdown "2357=22": numbers and target
     task: str = "math"        # "math", "countdown" or "countdown-graded": how a response is graded
     prompt: str | None = None # exact prompt text, where the data brings its own (few-shot examples, say)
+    level: int | None = None  # difficulty, where the data has one (MATH: 1 to 5)
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -51,7 +58,8 @@ class Problem:
 
 # ---------------------------------------------------------------- data sets
 
-# name: (hub repository, configuration, split, question column, answer column)
+# name: (hub repository, configuration, split, question column, answer column). Checked in November 2026 against public
+# code that loads these sets; "level" is read where a set has it.
 BENCHMARKS = {
     "math500": ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
     "aime2024": ("HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
@@ -70,9 +78,7 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
 
     limit keeps a fixed random choice of that many problems (the same for the same data set).
     """
-    name, part = name_or_path, None
-    if name.endswith((":train", ":test")):
-        name, part = name.rsplit(":", 1)
+    name, *filters = _split_name(name_or_path)
     if name in ("countdown", "countdown-graded"):
         problems = [Problem(p.id, p.question, p.answer, name) for p in _countdown_problems()]
     elif name.endswith(".jsonl"):
@@ -84,20 +90,35 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
         raise UserError(f"data set {name!r} is unknown{nearest(name, known)}; give one of {', '.join(known)}, "
                         "a hub data set (owner/name) or a .jsonl file")
     total = len(problems)
-    if part:
-        problems = [p for p in problems if _in_test_part(p.question) == (part == "test")]
+    for part in filters:
+        if part in ("train", "test"):
+            problems = [p for p in problems if _in_test_part(p.question) == (part == "test")]
+        else:
+            if all(p.level is None for p in problems):
+                raise UserError(f"data set {name_or_path!r} asks for levels {part}, but {name} has no 'level'")
+            low, high = int(part[0]), int(part[-1])
+            problems = [p for p in problems if p.level is not None and low <= p.level <= high]
     if not problems:
         raise UserError(f"data set {name_or_path!r} holds no problems" + (
-            f": none of the {total} in {name} falls into this part; give --eval-data" if part and total else ""))
+            f": none of the {total} in {name} falls into this part; take another, or give --eval-data" if filters and total else ""))
     if limit and limit < len(problems):
         problems = sorted(problems, key=lambda p: _digest(p.question + "/limit"))[:limit]
     return problems
 
 
+def _split_name(name: str) -> list[str]:
+    """"math:1-3:train" -> ["math", "1-3", "train"]; a colon before anything else belongs to the name."""
+    filters = []
+    while match := re.fullmatch(r"(.+):(train|test|[1-9]|[1-9]-[1-9])", name):
+        name, filters = match[1], [match[2], *filters]
+    return [name, *filters]
+
+
 def train_and_eval(data: str, eval_data: str | None, eval_limit: int) -> tuple[list[Problem], list[Problem], str, str]:
     """Training and held-out problems and the names that give them again. No question is in both."""
-    if eval_data is None and data in HELD_OUT:
-        eval_data = HELD_OUT[data]
+    name, *filters = _split_name(data)
+    if eval_data is None and name in HELD_OUT and not {"train", "test"} & set(filters):
+        eval_data = ":".join([HELD_OUT[name], *filters])
     elif eval_data is None:
         data = data.removesuffix(":train")
         data, eval_data = f"{data}:train", f"{data}:test"
@@ -127,7 +148,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _load_jsonl(path: Path) -> list[Problem]:
-    problems = []
+    problems, seen = [], {}
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -144,7 +165,11 @@ def _load_jsonl(path: Path) -> list[Problem]:
         prompt = row.get("prompt")
         if prompt is not None and not isinstance(prompt, str):
             raise UserError(f"{where}: 'prompt' is a {type(prompt).__name__}, but must be text")
-        problems.append(Problem(str(row.get("id", f"{path.stem}-{number}")), str(row["problem"]), str(row["answer"]), prompt=prompt))
+        name = str(row.get("id", f"{path.stem}-{number}"))
+        if name in seen:
+            raise UserError(f"{where}: the id {name!r} is that of line {seen[name]} already; each problem needs its own")
+        seen[name] = number
+        problems.append(Problem(name, str(row["problem"]), str(row["answer"]), prompt=prompt, level=_level(row.get("level"))))
     return problems
 
 
@@ -162,7 +187,14 @@ def _load_hub(name: str) -> list[Problem]:
     missing = {question_column, answer_column} - set(rows.column_names)
     if missing:
         raise UserError(f"hub data set {name!r} has the columns {rows.column_names}, but needs {sorted(missing)}")
-    return [Problem(f"{name}-{i}", row[question_column], _gold(row[answer_column])) for i, row in enumerate(rows)]
+    level = lambda row: _level(row["level"]) if "level" in rows.column_names else None
+    return [Problem(f"{name}-{i}", row[question_column], _gold(row[answer_column]), level=level(row)) for i, row in enumerate(rows)]
+
+
+def _level(value) -> int | None:
+    """3 of 3, "3" or "Level 3"; None of anything else ("Level ?" is in MATH)."""
+    match = re.fullmatch(r"(?:Level )?([1-9])", str(value))
+    return int(match[1]) if match else None
 
 
 def _gold(answer) -> str:
@@ -254,35 +286,8 @@ def _countdown_problems() -> list[Problem]:
 
 # ---------------------------------------------------------------- mathematics
 
-def last_boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...}, or None: a box that is never closed is no answer."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed")
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[begin + 1:end].strip()
-    return None
-
-
-def judge(text: str, answer: str) -> float:
-    """1.0 if the last boxed answer equals the gold one, as a string or for math-verify. May hang: see `grade`."""
-    boxed = last_boxed(text)
-    if not boxed:
-        return 0.0
-    if boxed.replace(" ", "") == answer.replace(" ", ""):
-        return 1.0
-    if len(boxed) > LONGEST_ANSWER:
-        return 0.0
-    from math_verify import parse, verify
-    gold, given = (parse(f"\\boxed{{{x}}}", parsing_timeout=None) for x in (answer, boxed))
-    return float(bool(gold and given and verify(gold, given, timeout_seconds=None)))
-
-
 class Graders:
-    """Worker processes that run `judge`, each on one answer at a time and under a time limit.
+    """Worker processes that run `judge`, each on one answer at a time and under limits of time and memory.
 
     A worker that hangs or dies is killed and replaced; its answer earns 0 and is counted in `failures`.
     Workers talk in JSON lines over pipes and end by themselves when this process does.
@@ -296,6 +301,10 @@ class Graders:
             self._idle.put(None)                        # a process is started at first use
 
     def grade(self, text: str, answer: str) -> float:
+        return self.ask("judge", text, answer)
+
+    def ask(self, what: str, *texts: str) -> float:
+        """What `judge` or `parsable` says; 0.0 of a worker that hangs or dies."""
         worker = self._idle.get()
         try:
             worker = worker if worker and worker.poll() is None else self._start()
@@ -305,7 +314,7 @@ class Graders:
         timer = threading.Timer(self.limit_s, lambda: (worker.kill(), worker.wait()))
         timer.start()
         try:
-            worker.stdin.write(json.dumps([text, answer]) + "\n")
+            worker.stdin.write(json.dumps([what, *texts]) + "\n")
             worker.stdin.flush()
             reply = worker.stdout.readline()
         except OSError:                                 # it died while we wrote
@@ -340,6 +349,15 @@ def grade(text: str, answer: str) -> float:
     return graders().grade(text, answer)
 
 
+def unparsable(answers: Iterable[str]) -> list[str]:
+    """The gold answers that are not understood, each once: they can be matched as strings only. Never hangs."""
+    from concurrent.futures import ThreadPoolExecutor
+    answers = list(dict.fromkeys(answers))
+    with ThreadPoolExecutor(2) as threads:
+        understood = threads.map(lambda answer: graders().ask("parsable", answer), answers)
+        return [answer for answer, fine in zip(answers, understood) if not fine]
+
+
 def grade_all(problems: list[Problem], groups: list[list[tuple[str, bool]]]) -> list[list[float]]:
     """Rewards [P][n] of (text, finished) responses [P][n]; a response that was cut off earns 0."""
     from concurrent.futures import ThreadPoolExecutor
@@ -361,13 +379,20 @@ def grade_all(problems: list[Problem], groups: list[list[tuple[str, bool]]]) -> 
 
 
 def _worker() -> None:
-    """Grade JSON lines [text, answer] from standard input until it closes."""
+    """Answer JSON lines ["judge", text, answer] or ["parsable", answer] from standard input until it closes."""
     import math_verify  # noqa: F401  (imported before "ready", so that the first answer is not charged for it)
+    logging.disable(logging.CRITICAL)
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    except (ImportError, ValueError, OSError):          # not on Linux: the time limit has to do
+        pass
     replies, sys.stdout = sys.stdout, sys.stderr        # nothing a library prints may reach the pipe
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         try:
-            value = judge(*json.loads(line))
+            what, *texts = json.loads(line)
+            value = {"judge": judge, "parsable": parsable}[what](*texts)
         except Exception:                               # whatever a parser makes of hostile text, it is no right answer
             value = 0.0
         print(value, file=replies, flush=True)

@@ -509,6 +509,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(1)        # the toy is too small to share: more threads would mostly wait for each other
     model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True, load_in_4bit=args.load_in_4bit)
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
+    if problems[0].task == "math":
+        unknown = tasks.unparsable(p.answer for p in problems + held_out)
+        if unknown:
+            print(f"{len(unknown)} gold answers are understood by no parser and compared as strings only, such as {unknown[0][:80]!r}")
     if args.objective == "passk" and problems[0].task == "countdown-graded":
         raise UserError(f"--objective passk needs 0/1 rewards, but {args.data} grades in [0, 1]: use --objective maxk")
     train(args, run, model, tokenizer, problems, held_out, checkpoint)

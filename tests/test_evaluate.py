@@ -117,25 +117,82 @@ def test_a_model_and_its_samples_are_judged_alike(monkeypatch, capsys, tmp_path,
     printed = run(monkeypatch, capsys, evaluate, "--n", 8, "--limit", 9, "--out", figure, "--model", *samples, *samples.values())
     row = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:7]}
     assert row["toy"] == row["0.jsonl"] and row["trained"] == row["1.jsonl"] == row["step_000007"] == row["2.jsonl"] != row["toy"]
-    problems, groups = read_samples(samples["toy"])
+    problems, groups, _, _ = read_samples(samples["toy"])
     by_hand = make_curve("", problems, [[float(evaluate.tasks.grade_countdown(text, p.answer)) for text, _ in g] for p, g in zip(problems, groups)])
-    assert row["toy"][::3] == [f"{value:.3f}" for value in by_hand.values.mean(0).tolist()]
+    assert row["toy"][::3][:4] == [f"{value:.3f}" for value in by_hand.values.mean(0).tolist()]
     assert "0.jsonl - toy" in printed and "over 9 problems" in printed and figure.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_brings_its_own_settings(monkeypatch, capsys, tmp_path, trained):
     printed = run(monkeypatch, capsys, evaluate, "--model", trained, "--n", 2, "--out", tmp_path / "x.png")
-    assert "over 9 problems" in printed and printed.splitlines()[0].split() == ["pass@1", "pass@2"]
+    assert "over 9 problems" in printed and printed.splitlines()[0].split()[:4] == ["countdown:test", "pass@1", "pass@2", "maj@2"]
 
 
 def test_graded_data_gives_max_at_k_at_the_ks_asked_for(monkeypatch, capsys, tmp_path):
     printed = run(monkeypatch, capsys, evaluate, "--data", "countdown-graded:test", "--limit", 5, "--n", 6, "--k", "3,1", "--out", tmp_path / "x.png")
-    assert printed.splitlines()[0].split() == ["max@1", "max@3"] and "over 5 problems" in printed
+    assert printed.splitlines()[0].split()[:4] == ["countdown-graded:test", "max@1", "max@3", "maj@6"] and "over 5 problems" in printed
+
+
+def test_the_majority_vote_counts_the_most_frequent_box_and_shares_a_tie():
+    box = lambda *answers: [(f"so \\boxed{{{answer}}}", True) for answer in answers]
+    groups = [box("1", "2", "2 ", "3"), box("1", "1", "2", "2"), [*box("5"), ("\\boxed{7}", False), ("\\boxed{7}", False), ("no box", True)], [("x", False)] * 4]
+    rewards = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    found = evaluate.describe_answers(groups, [[1, 2, 3, 6]] * 4, rewards)
+    assert found["maj@4"].tolist() == [0, 0.5, 0.5, 0] and found["tokens"].tolist() == [3] * 4 and found["cut off"].tolist() == [0, 0, 0.5, 1]
+
+
+def test_several_data_sets_give_one_table_numbers_beside_it_and_are_not_sampled_twice(monkeypatch, capsys, tmp_path):
+    data = [tmp_path / "easy" / "test.jsonl", tmp_path / "hard" / "test.jsonl"]            # the same name, the same ids
+    for i, path in enumerate(data):
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps({"id": f"p{j}", "problem": f"{i}{j}", "answer": "1", "prompt": f"{j}{i}="}) + "\n" for j in range(3 + i)))
+    flags = ["--data", ",".join(map(str, data)), "--n", 4, "--max-new-tokens", 5, "--out", tmp_path / "x.png", "--limit", 9]
+    first = run(monkeypatch, capsys, evaluate, *flags)
+    assert first.count("pass@1") == 3 and "mean of 2 data sets" in first and "over 3, 4 problems" in first
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert {(row["data"], row["metric"]) for row in rows} == {(str(d), m) for d in data for m in ("pass@1", "pass@2", "pass@4", "maj@4", "tokens", "cut off")}
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == len(rows) + 1 and [row["problems"] for row in rows[::6]] == [3, 4]
+    monkeypatch.setattr(sample, "open_sampler", lambda *_: 1 / 0)
+    again = run(monkeypatch, capsys, evaluate, *flags)
+    assert again.count("is complete already") == 2 and again.split("is complete already")[-1].split("\n", 1)[1] == first
+
+
+def test_an_evaluation_that_was_killed_goes_on_and_says_the_same(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sample.HFSampler, "block_tokens", 4 * 3 * 20)
+    flags = lambda name: ["--n", 3, "--limit", 10, "--out", tmp_path / f"{name}.png"]
+    whole = run(monkeypatch, capsys, evaluate, *flags("whole"))
+    original, seen = sample.HFSampler.generate, []
+
+    def dies(self, *arguments):
+        seen.append(1)
+        return original(self, *arguments) if len(seen) < 3 else 1 / 0
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(sample.HFSampler, "generate", dies)
+        run(monkeypatch, capsys, evaluate, *flags("killed"))
+    left, = (tmp_path / "killed").iterdir()
+    assert len(left.read_text().splitlines()) == 8
+    assert run(monkeypatch, capsys, evaluate, *flags("killed")).replace("killed", "whole") == whole
+    assert left.read_text() == (tmp_path / "whole" / left.name).read_text()
+
+
+def test_samples_of_a_model_that_has_changed_are_not_taken_for_its_own(monkeypatch, capsys, tmp_path, trained):
+    flags = ["--model", trained, "--n", 2, "--out", tmp_path / "x.png"]
+    run(monkeypatch, capsys, evaluate, *flags)
+    (trained / "step_000007" / "adapter_model.safetensors").touch()
+    assert "complete already" not in run(monkeypatch, capsys, evaluate, *flags) and len(list((tmp_path / "x").iterdir())) == 2
 
 
 # ---------------------------------------------------------------- 3. refusals
 
-GOOD = {"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=22", "answers": [{"text": "3*5+7", "finished": True}] * 3}
+
+@pytest.mark.parametrize("flags, said", [(["--n", 3], "--n does not apply"), (["--data", "math500"], "holds answers to 'countdown', not to --data math500")])
+def test_flags_that_cannot_apply_to_drawn_samples_are_refused(monkeypatch, capsys, tmp_path, flags, said):
+    (tmp_path / "s.jsonl").write_text(json.dumps(GOOD) + "\n")
+    with pytest.raises(UserError, match=said):
+        run(monkeypatch, capsys, evaluate, "--model", tmp_path / "s.jsonl", "--out", tmp_path / "x.png", *flags)
+
+GOOD = {"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=22", "data": "countdown",
+        "answers": [{"text": "3*5+7", "finished": True, "tokens": 6}] * 3}
 
 
 @pytest.mark.parametrize("bad", ["", "{", "[]", "null", json.dumps({**GOOD, "answers": []}), json.dumps({**GOOD, "answers": [{"text": "x"}]}),
@@ -164,5 +221,5 @@ def test_what_cannot_be_estimated_is_refused_before_any_figure(monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.jsonl").write_text(json.dumps(GOOD) + "\n")
     with pytest.raises(UserError) as refused:
-        run(monkeypatch, capsys, evaluate, "--limit", 2, *flags)
+        run(monkeypatch, capsys, evaluate, *flags, *([] if "s.jsonl" in flags else ["--limit", 2]))
     assert said in str(refused.value).replace("--k is 0", "k is 0") and not (tmp_path / "runs").exists()

@@ -147,9 +147,9 @@ def run(monkeypatch, script, *flags):
 def test_the_script_writes_what_evaluate_reads(monkeypatch, tmp_path, capsys):
     out = tmp_path / "s.jsonl"
     run(monkeypatch, sample, "--n", 6, "--limit", 5, "--temperature", 0.8, "--seed", 3, "--out", out)
-    assert f"wrote 5 problems x 6 answers to {out}" in capsys.readouterr().out
-    problems, groups = evaluate.read_samples(out)
-    assert problems == tasks.load_problems("countdown:test", 5)
+    assert f"{out} holds 5 problems x 6 answers" in capsys.readouterr().out
+    problems, groups, _, data = evaluate.read_samples(out)
+    assert problems == tasks.load_problems("countdown:test", 5) and data == "countdown:test"
     model, tokenizer = policy.load_model("toy")
     expected = HFSampler(model, tokenizer).generate(encode_prompts(problems, tokenizer, 32, 12), 6, 0.8, 12, seed=3)
     assert groups == [[(r.text, r.finished) for r in group] for group in expected]
@@ -159,18 +159,39 @@ def test_the_script_writes_what_evaluate_reads(monkeypatch, tmp_path, capsys):
 
 def test_answers_with_odd_line_ends_are_read_back(tmp_path):
     answers = [{"text": text, "finished": True, "tokens": 1} for text in ("a\u2028b", "c\x85d", "e\x0cf", "g\nh")]
-    row = {"id": "i", "task": "math", "problem": "p\u2029q", "answer": "1", "answers": answers}
+    row = {"id": "i", "task": "math", "problem": "p\u2029q", "answer": "1", "data": "d", "answers": answers}
     (tmp_path / "s.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")             # as the script writes
-    problems, groups = evaluate.read_samples(tmp_path / "s.jsonl")
+    problems, groups, *_ = evaluate.read_samples(tmp_path / "s.jsonl")
     assert problems == [Problem("i", "p\u2029q", "1")] and groups == [[(a["text"], True) for a in answers]]
 
 
-def test_an_existing_file_is_refused_and_kept(monkeypatch, tmp_path):
+@pytest.mark.parametrize("content", ["precious", "precious\n", '{"problem": "1 + 1", "answer": "2"}\n', "{}"])
+def test_a_file_of_something_else_is_refused_and_kept(monkeypatch, tmp_path, content):
     out = tmp_path / "s.jsonl"
-    out.write_text("precious")
-    with pytest.raises(UserError, match="s.jsonl exists already"):
+    out.write_text(content)
+    with pytest.raises(UserError, match="not a row of this version's sample.py"):
         run(monkeypatch, sample, "--n", 2, "--limit", 2, "--out", out)
-    assert out.read_text() == "precious"
+    assert out.read_text() == content
+
+
+@pytest.mark.parametrize("lines, rest", [(0, '{"id": "countd'), (1, ""), (3, '{"id": "coun'), (4, ""), (5, "")])
+def test_an_interrupted_file_is_continued_to_the_same_bytes(monkeypatch, tmp_path, lines, rest):
+    monkeypatch.setattr(HFSampler, "block_tokens", 2 * 3 * 20)                  # two problems at a time
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    run(monkeypatch, sample, "--n", 3, "--limit", 5, "--out", whole)
+    broken.write_text("".join(whole.read_text().splitlines(keepends=True)[:lines]) + rest)
+    run(monkeypatch, sample, "--n", 3, "--limit", 5, "--out", broken)
+    assert broken.read_text() == whole.read_text()
+
+
+@pytest.mark.parametrize("flags, said", [(["--seed", 1], "seed = 0, not 1"), (["--temperature", 0.5], "temperature = 1.0, not 0.5"), (["--data", "countdown"], "data = ")])
+def test_a_file_of_other_settings_is_refused_and_kept(monkeypatch, tmp_path, flags, said):
+    out = tmp_path / "s.jsonl"
+    run(monkeypatch, sample, "--n", 2, "--limit", 2, "--out", out)
+    before = out.read_text()
+    with pytest.raises(UserError, match=f"was made with {said}"):
+        run(monkeypatch, sample, "--n", 2, "--limit", 2, "--out", out, *flags)
+    assert out.read_text() == before
 
 
 @pytest.mark.parametrize("flags, said", [

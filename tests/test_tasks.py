@@ -202,7 +202,7 @@ def test_the_last_box_decides(grader, text, answer, reward):
 def test_a_hanging_answer_costs_one_limit_and_the_next_is_graded():
     grader = Graders(1, limit_s=1)
     for failures in (1, 2, 3):
-        assert grader.grade(r"\boxed{10^{10^{10^{10}}}}", "5") == 0 and grader.failures == failures
+        assert grader.grade(r"\boxed{(((9^{9999})^{9999})^{9999})\pi}", r"\pi") == 0 and grader.failures == failures
         assert grader.grade(r"\boxed{\frac12}", "0.5") == 1 and grader.failures == failures
 
 
