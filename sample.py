@@ -44,10 +44,18 @@ class Rollout:
 # ---------------------------------------------------------------- prompts
 
 def stop_ids(settings: GenerationConfig, tokenizer) -> list[int]:
-    """All tokens that end an answer: the tokenizer's and the checkpoint's generation settings' (Qwen has two)."""
+    """All tokens that end an answer: the tokenizer's, the generation settings' and the one that ends a turn of the chat template.
+
+    Qwen2.5-Math's base model needs the last one: it names <|endoftext|> alone, and a chat prompt is answered with <|im_end|>.
+    """
     configured = settings.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [tokenizer.eos_token_id, *configured] if i is not None})
+    stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    if tokenizer.chat_template:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "the answer"}], tokenize=False)
+        _, answered, behind = chat.rpartition("the answer")
+        first = tokenizer(behind, add_special_tokens=False).input_ids[:1] if answered else []
+        stops |= {i for i in first if i in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[i].special}
+    return sorted(i for i in stops if i is not None)
 
 
 def encode_prompts(problems: list[Problem], tokenizer, context: int, max_new_tokens: int) -> list[tuple[int, ...]]:

@@ -33,7 +33,7 @@ import sample
 import tasks
 from tasks import UserError
 
-MEAN_GAP_ALLOWED = {"float32": 1e-3, "bfloat16": 0.05}         # nats a token, sampler against learner
+MEAN_GAP_ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}          # nats a token, sampler against learner (LOG.md)
 OBJECTIVES = {"passk": rspo.pass_at_k_weights, "maxk": rspo.max_at_k_weights, "groupmax": rspo.group_max_weights}
 
 

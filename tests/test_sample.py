@@ -137,6 +137,15 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers():
         encode_prompts([problem], make_tokenizer(), 20, 13)
 
 
+@pytest.mark.parametrize("template, stops", [
+    (None, {1}), ("{% for m in messages %}{{ m.content }}<pad>\n{% endfor %}", {0, 1}), ("{% for m in messages %}{{ m.content }}={% endfor %}", {1}),
+    ("{{ messages[0].content }}", {1}), ("{% for m in messages %}{{ m.content }}{% endfor %}", {1})])
+def test_the_token_that_ends_a_turn_ends_an_answer(template, stops):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template                              # <pad> (0) and <eos> (1) are special, = is not
+    assert set(sample.stop_ids(tf.GenerationConfig(eos_token_id=[1]), tokenizer)) == stops
+
+
 # ---------------------------------------------------------------- 4. the script
 
 def run(monkeypatch, script, *flags):

@@ -108,7 +108,43 @@ def test_a_jsonl_file_is_read_as_it_stands(tmp_path):
     path = write(tmp_path / "own.jsonl", {"id": "a", "problem": "1 + 1?", "answer": "2"}, "", {"problem": "Größe\u2028x?", "answer": 7},
                  {"problem": "p", "answer": "\\frac12", "prompt": "exactly this:", "level": 3})
     assert tasks.load_problems(path) == [Problem("a", "1 + 1?", "2"), Problem("own-3", "Größe\u2028x?", "7"),
-                                         Problem("own-4", "p", "\\frac12", prompt="exactly this:")]
+                                         Problem("own-4", "p", "\\frac12", prompt="exactly this:", level=3)]
+
+
+def test_levels_can_be_picked(tmp_path):
+    rows = [{"problem": f"p{i}", "answer": "1", "level": level} for i, level in enumerate((1, 2, "3", "Level 4", "Level ?", None))]
+    path = write(tmp_path / "own.jsonl", *rows)
+    picked = lambda part: [p.question for p in tasks.load_problems(f"{path}:{part}")]
+    assert (picked("1"), picked("2-4"), picked("1-9")) == (["p0"], ["p1", "p2", "p3"], ["p0", "p1", "p2", "p3"])
+    assert picked("1-9:train") == [q for q in picked("1-9") if q in [p.question for p in tasks.load_problems(f"{path}:train")]] != []
+    for part, said in (("5", "none of the 6"), ("1-9:5", "holds no problems")):
+        with pytest.raises(UserError, match=said):
+            picked(part)
+    with pytest.raises(UserError, match="asks for levels 2, but countdown has no 'level'"):
+        tasks.load_problems("countdown:2")
+
+
+def test_a_training_set_keeps_its_levels_in_its_evaluation(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tasks, "load_problems", lambda name, limit=None: asked.append(name) or [Problem(name, name, "1")])
+    assert tasks.train_and_eval("math:1-2", None, 5)[2:] == ("math:1-2", "math500:1-2") and asked[0] == "math500:1-2"
+
+
+def test_hub_data_goes_through_the_library_with_the_columns_and_levels_it_has(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rows = [{"question": "a", "answer": "#### 7", "level": "Level 2"}, {"question": "b", "answer": "$x$", "level": "Level ?"}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tasks.load_problems(str(folder)) == [Problem(f"{folder}-0", "a", "7", level=2), Problem(f"{folder}-1", "b", "x")]
+    (folder / "train.jsonl").write_text('{"question": "a", "solution": "7"}\n')
+    with pytest.raises(UserError, match="has the columns .*question.*solution.*, but needs .*answer"):
+        tasks.load_problems(str(folder))
+
+
+def test_an_id_that_comes_twice_is_named_with_both_lines(tmp_path):
+    path = write(tmp_path / "own.jsonl", {"id": "a", "problem": "p", "answer": "1"}, {"problem": "q", "answer": "1"}, {"id": "a", "problem": "r", "answer": "1"})
+    with pytest.raises(UserError, match="line 3: the id 'a' is that of line 1"):
+        tasks.load_problems(path)
 
 
 @pytest.mark.parametrize("line, said", [
@@ -180,6 +216,29 @@ def test_a_prompt_asks_for_the_box_exactly_once(template, problem, prompt):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     assert tasks.render(problem, tokenizer) == prompt
+
+
+# How the common families write a turn: (what stands before the first message, a turn, what opens the answer).
+IM = ("", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n")
+FAMILIES = {
+    "Qwen2.5-Math": ("<|im_start|>system\n" + tasks.INSTRUCTION + "<|im_end|>\n", *IM[1:]),
+    "Qwen2.5": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", *IM[1:]), "SmolLM2": IM,
+    "Llama-3": ("<bos>", "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "Gemma": ("<bos>", "<start_of_turn>{role}\n{content}<end_of_turn>\n", "<start_of_turn>model\n"),
+    "Mistral": ("<bos>", "[INST] {content} [/INST]", ""),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompt_of_the_common_families(family):
+    before, turn, opens = FAMILIES[family]
+    jinja = turn.replace("{role}", "{{ m['role'] }}").replace("{content}", "{{ m['content'] }}")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (before.replace("\\", "\\") + "{% for m in messages %}" + jinja + "{% endfor %}"
+                               + "{% if add_generation_prompt %}" + opens + "{% endif %}")
+    question = "How many?" if family == "Qwen2.5-Math" else f"How many?\n{tasks.INSTRUCTION}"
+    expected = before + turn.replace("{role}", "user").replace("{content}", question) + opens
+    assert tasks.render(MATH, tokenizer) == expected and expected.count("\\boxed") == 1
 
 
 # ---------------------------------------------------------------- 4. mathematics
