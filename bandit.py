@@ -132,10 +132,10 @@ def train(bandit: Bandit, k: int, steps: int = 1500, lr: float = 0.2) -> Tensor:
     return logits.detach()
 
 
-def alignment(ks: tuple[int, ...]) -> Tensor:
+def alignment(ks: tuple[int, ...], bandit: Bandit = HIDDEN_TYPES) -> Tensor:
     """(len(ks), len(ks)): row = k trained for, column = k evaluated at, both exact."""
-    trained = [train(HIDDEN_TYPES, k) for k in ks]
-    return torch.stack([torch.stack([objective(HIDDEN_TYPES, x, k) for k in ks]) for x in trained])
+    trained = [train(bandit, k) for k in ks]
+    return torch.stack([torch.stack([objective(bandit, x, k) for k in ks]) for x in trained])
 
 
 def compare_estimators(ks: tuple[int, ...], rates: tuple[float, ...], n: int) -> dict[str, Tensor]:

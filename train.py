@@ -216,6 +216,7 @@ def metrics_row(step, ks, groups, rewards, weights, stats, clock, task, skipped,
     return {
         "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
         f"{metric}@1": rspo.max_at_k(rewards, 1).mean().item(), f"{metric}@k": best,
+        "distinct_correct": distinct_correct(groups, rewards),
         "zero_weight_prompts": (weights == 0).all(-1).double().mean().item(), "skipped_steps": skipped,
         "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
         "completion_tokens": tokens / len(rollouts),
@@ -228,6 +229,11 @@ def metrics_row(step, ks, groups, rewards, weights, stats, clock, task, skipped,
         "seconds": sum(clock.laps.values()), **{f"{part}_seconds": value for part, value in clock.laps.items()},
         "peak_memory_gb": peak_memory_gb(),
     }
+
+
+def distinct_correct(groups, rewards: torch.Tensor) -> float:
+    """Mean over prompts of how many different texts of reward 1 are among a prompt's n answers; rewards (P, n)."""
+    return sum(len({r.text for r, value in zip(group, values) if value == 1}) for group, values in zip(groups, rewards.tolist())) / len(groups)
 
 
 def tripwires(row: dict) -> dict[str, str]:
