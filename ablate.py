@@ -137,8 +137,14 @@ def open_grid(args: argparse.Namespace, flags: list[str]) -> Grid:
     folder = args.out or Path("runs/ablate-quick" if args.quick else "runs/ablate")
     toy = sample.is_toy(train.make_parser().parse_known_args(flags)[0].model or "toy")
     flags = (*(scale["flags"] if toy or args.quick else ()), *flags)
+    if args.seeds is not None and args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}, but must be at least 1")
     settled = vars(train.parse_flags([*flags, "--k", "1", "--run", str(folder / "cells" / "none")]))
     settled = {name: value for name, value in settled.items() if name not in ("k", "run", "resume", "seed", "objective", "baseline")}
+    low = SEEN_PROBLEMS + 2 if toy else 2
+    if settled["limit"] is not None and settled["limit"] < low:
+        raise UserError(f"--limit is {settled['limit']}, but must be at least {low}: an interval needs two held-out problems"
+                        + f", and the first {SEEN_PROBLEMS} helped to choose the toy's settings" * toy)
     grid_file = folder / "grid.json"
     if grid_file.exists():
         known = json.loads(grid_file.read_text())
@@ -151,8 +157,6 @@ def open_grid(args: argparse.Namespace, flags: list[str]) -> Grid:
         unfinished = grid_file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(settled, indent=1) + "\n")
         unfinished.replace(grid_file)
-    if args.seeds is not None and args.seeds < 1:
-        raise UserError(f"--seeds is {args.seeds}, but must be at least 1")
     seeds = range(scale["first_seed"], scale["first_seed"] + (args.seeds or scale["seeds"]))
     return Grid(folder, flags, tuple(seeds), toy)
 
@@ -177,6 +181,8 @@ def run_cell(argv: list[str], run: Path, log: Path) -> None:
 def run_cells(grid: Grid, settings: list[dict]) -> None:
     """Run the missing cells of settings x seeds, each in its own process; a cell that fails is noted, the others go on."""
     cells = {grid.cell(setting, seed): grid.argv(setting, seed) for seed in grid.seeds for setting in settings}
+    lines = grid.folder / "cells.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in grid.finished().values()), encoding="utf-8")     # without half a line
     finished = {name for name, row in grid.finished().items() if row["failed"] is None}
     waiting = [name for name in cells if name not in finished]
     workers = (os.cpu_count() or 1) if grid.toy else 1              # a toy cell takes one core, a real model the machine
@@ -203,7 +209,7 @@ def run_cells(grid: Grid, settings: list[dict]) -> None:
                     process, name, start = running.pop(sentinel)
                     process.join()
                     row = {"cell": name, "seconds": round(time.time() - start, 1), "failed": failure(grid.folder / "cells" / name, process.exitcode)}
-                    with (grid.folder / "cells.jsonl").open("a", encoding="utf-8") as file:
+                    with lines.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     if row["failed"]:
                         tqdm.write(f"failed: {name}: {row['failed']}")
@@ -283,7 +289,8 @@ def paired(a: Result, b: Result) -> tuple[Tensor, Tensor]:
 
 def late(result: Result, column: str) -> dict[int, float]:
     """seed -> mean of a column of metrics.jsonl over the last quarter of training."""
-    return {seed: sum(row[column] for row in rows[-(len(rows) // 4):]) / (len(rows) // 4) for seed, rows in result.metrics.items()}
+    last = {seed: rows[-max(1, len(rows) // 4):] for seed, rows in result.metrics.items()}
+    return {seed: sum(row[column] for row in rows) / len(rows) for seed, rows in last.items()}
 
 
 def curve(results: dict[str, Result], label: str, column: str, window: int = 10) -> Tensor:
@@ -605,7 +612,7 @@ REPORTS = {"sanity": sanity, "alignment": alignment, "hitchhiking": hitchhiking,
 
 # ---------------------------------------------------------------- the gradient's own noise, at the initial policy
 
-def gradient_noise(grid: Grid, weightings: dict[str, tuple]) -> dict[str, tuple[Tensor, Tensor]]:
+def gradient_noise(grid: Grid, weightings: dict[str, tuple], prompts: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """label -> (weight function, k)  to  label -> (mean gradient (D,), squared norm of each prompt's gradient (P,)).
 
     One set of samples from the initial policy serves all weightings; a prompt's gradient is (1/n) sum_i W_i grad log pi(y_i)
@@ -616,9 +623,9 @@ def gradient_noise(grid: Grid, weightings: dict[str, tuple]) -> dict[str, tuple[
         torch.set_num_threads(1)
     model, tokenizer = policy.load_model(args.model, args.dtype)
     model = policy.add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-    problems = tasks.train_and_eval(args.data, args.eval_data, 1)[0][:256 if grid.toy else 32]
-    prompts = sample.encode_prompts(problems, tokenizer, sample.context_length(model.config), args.max_new_tokens)
-    groups = list(sample.sample_problems(sample.HFSampler(model, tokenizer), prompts, 16, args.temperature, args.max_new_tokens, 0, "sampling for the gradient's noise"))
+    problems = tasks.train_and_eval(args.data, args.eval_data, 1)[0][:prompts or (256 if grid.toy else 32)]
+    prompt_ids = sample.encode_prompts(problems, tokenizer, sample.context_length(model.config), args.max_new_tokens)
+    groups = list(sample.sample_problems(sample.HFSampler(model, tokenizer), prompt_ids, 16, args.temperature, args.max_new_tokens, 0, "sampling for the gradient's noise"))
     rewards = torch.tensor(tasks.grade_all(problems, train.responses(groups)))                  # (P, n)
     weights = {label: fn(rewards, k) for label, (fn, k) in weightings.items()}                  # (P, n) each
     parameters = list(policy.trainable(model).values())
