@@ -682,7 +682,8 @@ def report(name: str, grid: Grid, command: str) -> None:
 
 def main() -> None:
     parser = sample.make_parser(__doc__)
-    parser.add_argument("name", help=f"experiment: {', '.join(EXPERIMENTS)}, or all")
+    parser.usage = "%(prog)s NAME [flags]      any flag of train.py may follow"
+    parser.add_argument("name", type=str, help=f"experiment: {', '.join(EXPERIMENTS)}, or all")
     parser.add_argument("--quick", action="store_true", help="two seeds and 30 steps: under three minutes, wide intervals")
     parser.add_argument("--seeds", type=int, help="seeds of each setting (default 5, with --quick 2)")
     parser.add_argument("--out", type=Path, help="folder of the grid (default runs/ablate, with --quick runs/ablate-quick)")

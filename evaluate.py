@@ -75,7 +75,7 @@ def describe_answers(groups: list[list[tuple[str, bool]]], tokens: list[list[int
         votes: dict[str, list[float]] = {}
         for (text, finished), value in zip(group, values):
             if finished:
-                votes.setdefault("".join((tasks.last_boxed(text) or text).split()), []).append(value)
+                votes.setdefault(tasks.vote(text), []).append(value)
         most = max(map(len, votes.values()), default=0)
         winners = [sum(values) / most for values in votes.values() if len(values) == most]
         return sum(winners) / len(winners) if winners else 0.0
@@ -307,7 +307,7 @@ def parse_ks(text: str) -> tuple[int, ...]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = sample.make_parser(__doc__)
-    parser.add_argument("--model", nargs="+", default=["toy"], help="what to evaluate, one or more: toy, hub id, short name, "
+    parser.add_argument("--model", type=str, nargs="+", default=["toy"], help="what to evaluate, one or more: toy, hub id, short name, "
                         "local folder, run directory or a .jsonl of sample.py (default toy)")
     parser.add_argument("--k", type=parse_ks, help="ks to report, e.g. 1,8,64 (default: powers of two up to n)")
     sample.add_flags(parser)

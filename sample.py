@@ -282,7 +282,8 @@ def open_sampler(args: argparse.Namespace, problems: list[Problem]):
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """A parser described by the first sentence of a script's docstring, whose errors are one sentence too."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    layout = lambda prog: argparse.MetavarTypeHelpFormatter(prog, max_help_position=36, width=150)
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], usage="%(prog)s [flags]", formatter_class=layout)
 
     def refuse(message: str):
         raise UserError(f"{message}; see --help")
@@ -294,14 +295,14 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py, sample.py and evaluate.py share. None = follows from the model's task (`fill_in`)."""
     group = parser.add_argument_group("model and sampling")
-    group.add_argument("--data", help="data set: countdown, countdown-graded, math, gsm8k, math500, ..., a hub data set or a .jsonl; "
+    group.add_argument("--data", type=str, help="data set: countdown, countdown-graded, math, gsm8k, math500, ..., a hub data set or a .jsonl; "
                        "':train' and ':test' take a fixed part, ':1-3' these levels (toy: countdown, else math)")
     group.add_argument("--n", type=int, help="answers sampled per problem (toy 16; evaluation: 64)")
     group.add_argument("--temperature", type=float, help="sampling temperature, > 0 (default 1)")
     group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (toy 12, else 2048)")
-    group.add_argument("--sampler", choices=("auto", "vllm", "hf"),
+    group.add_argument("--sampler", type=str, choices=("auto", "vllm", "hf"),
                        help="what samples (default auto: vllm where CUDA and vLLM are there, else transformers' generate)")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+    group.add_argument("--dtype", type=str, choices=("auto", "float32", "bfloat16"),
                        help="of the frozen base model (default auto: bfloat16 on CUDA, else float32)")
     group.add_argument("--load-in-4bit", action="store_true", default=None,
                        help="keep the base model in 4 bits (NF4, double quantisation; a run remembers it)")
@@ -400,13 +401,41 @@ def sample_to_file(path: Path, settings: dict, problems: list[Problem], sampler,
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def ask(args: argparse.Namespace) -> None:
+    """Print n answers to the question --ask, those that agree together and the most frequent first."""
+    countdown = args.data.startswith("countdown")
+    question = args.ask.strip().rstrip(":")
+    try:
+        problem = Problem("ask", f"{question}:" if countdown else question, question, "countdown" if countdown else "math")
+    except ValueError:
+        raise UserError(f"--ask is {args.ask!r}, but {args.model} plays Countdown: give four numbers 1 to 9 and a target, such as 2357=22") from None
+    if not question:
+        raise UserError("--ask is empty; give a question")
+    sampler, prompts = open_sampler(args, [problem])
+    [rollouts] = sampler.generate(prompts, args.n, args.temperature, args.max_new_tokens, args.seed)
+    groups: dict[str, list[str]] = {}
+    for rollout in rollouts:
+        groups.setdefault(tasks.vote(rollout.text) if rollout.finished else "(cut off)", []).append(rollout.text)
+    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    for answer, texts in ranked:
+        print(f"{len(texts):>4d} of {args.n}   {answer[:200]}" + (f"   reward {tasks.grade_countdown(texts[0], question):g}" if countdown else ""))
+    if not countdown:
+        print(f"\none of the {len(ranked[0][1])} that agree on {ranked[0][0][:200]}:\n\n{ranked[0][1][0]}")
+
+
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default="toy", help="toy, hub id, short name, local folder or run directory (default toy)")
+    parser.add_argument("--model", type=str, default="toy", help="toy, hub id, short name, local folder or run directory (default toy)")
     add_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("samples.jsonl"), help="file to write (default samples.jsonl)")
+    parser.add_argument("--ask", type=str, help="one question instead of --data: print its n answers, those that agree together, and write nothing")
     args = parser.parse_args()
+    if args.ask and args.data:
+        raise UserError("--ask brings its own question; leave --data out")
     fill_in(args, sampling_defaults(args.model))
+    if args.ask is not None:
+        ask(args)
+        return
     if not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
     problems, settings = tasks.load_problems(args.data, args.limit), settings_of(args, args.data)

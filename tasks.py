@@ -349,6 +349,11 @@ def grade(text: str, answer: str) -> float:
     return graders().grade(text, answer)
 
 
+def vote(text: str) -> str:
+    """What an answer says, for counting which agree: its last boxed string, spaces apart, or the whole text where there is none."""
+    return "".join((last_boxed(text) or text).split())
+
+
 def unparsable(answers: Iterable[str]) -> list[str]:
     """The gold answers that are not understood, each once: they can be matched as strings only. Never hangs."""
     from concurrent.futures import ThreadPoolExecutor

@@ -53,7 +53,7 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, held_
         state = policy.load_checkpoint(checkpoint, model, optimizer)
         start, skipped = state["step"], state["skipped"]
     sampler = prepare(args, model, tokenizer, max(map(len, prompts)), max(map(len, prompts + eval_prompts)), version=start)
-    log, stop = RunLog(run, start), StopRequest()
+    log, stop = RunLog(run, start, args.tensorboard), StopRequest()
     save = lambda step: policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped})
 
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", disable=None):
@@ -285,15 +285,25 @@ class StopRequest:
         print("\nstopping as soon as nothing is lost by it (once more: at once)", flush=True)
 
 
+def open_board(run: Path, step: int):
+    """TensorBoard's writer in the run directory, going on after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs its package: pip install tensorboard") from None
+    return SummaryWriter(run / "tensorboard", purge_step=step + 1)
+
+
 class RunLog:
     """The files of a run directory that grow, cut back to what a resumed run has really done."""
 
-    def __init__(self, run: Path, step: int):
+    def __init__(self, run: Path, step: int, tensorboard: bool = False):
         """step: of the checkpoint that training goes on from; rows after it will be made again."""
         self.run, self.alarmed = run, set()
         self._cut("metrics.jsonl", lambda row: row["step"] <= step)
         self.evaluated = {row["step"] for row in self._cut("evals.jsonl", lambda row: row["step"] <= step)}
         self._cut("samples.jsonl", lambda row: row["step"] in self.evaluated)
+        self.board = open_board(run, step) if tensorboard else None
 
     def _cut(self, name: str, keep) -> list[dict]:
         path = self.run / name
@@ -313,6 +323,11 @@ class RunLog:
 
     def step(self, row: dict, steps: int) -> None:
         self._append("metrics.jsonl", row)
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, row["step"])
+            self.board.flush()
         for name, sentence in tripwires(row).items():
             if name not in self.alarmed:
                 tqdm.write(f"step {row['step']}: {sentence}")
@@ -364,18 +379,18 @@ DEFAULTS = {"data": "math", "n": 16, "prompts": 32, "steps": 200, "max_new_token
             "micro_batch_tokens": 16384, "eval_n": 16, "limit": None, "save_every": 20, "gradient_checkpointing": True}
 ALWAYS = {"objective": "passk", "baseline": "none", "k": "4", "temperature": 1.0, "sampler": "auto", "dtype": "auto", "seed": 0,
           "lora_alpha": 32, "max_grad_norm": 1.0, "gpu_memory": 0.45, "eval_every": 0, "eval_data": None, "model": "toy",
-          "adam_8bit": False, "vllm_sleep": False}
+          "adam_8bit": False, "vllm_sleep": False, "tensorboard": False}
 
 
 def make_parser() -> argparse.ArgumentParser:
     """All flags default to None here: what was not given follows from the model's task (`parse_flags`)."""
     parser = sample.make_parser(__doc__)
-    parser.add_argument("--model", help="toy, hub id, short name (Qwen2.5-Math-1.5B), local folder or run directory (default toy)")
+    parser.add_argument("--model", type=str, help="toy, hub id, short name (Qwen2.5-Math-1.5B), local folder or run directory (default toy)")
     method = parser.add_argument_group("method")
-    method.add_argument("--k", help="train for the best of k answers: 4, a list 1,4,16 (mean of the objectives), or a schedule "
+    method.add_argument("--k", type=str, help="train for the best of k answers: 4, a list 1,4,16 (mean of the objectives), or a schedule "
                         "8:1 (annealed over the run) (default 4; 1 = the ordinary policy gradient)")
-    method.add_argument("--objective", help="passk (0/1 rewards), maxk (any rewards) or groupmax, the paper's baseline (default passk)")
-    method.add_argument("--baseline", choices=("none", "loo"), help="loo: subtract the leave-one-out baseline (default none)")
+    method.add_argument("--objective", type=str, help="passk (0/1 rewards), maxk (any rewards) or groupmax, the paper's baseline (default passk)")
+    method.add_argument("--baseline", type=str, choices=("none", "loo"), help="loo: subtract the leave-one-out baseline (default none)")
     learning = parser.add_argument_group("learning")
     learning.add_argument("--prompts", type=int, help="problems a step (default 32)")
     learning.add_argument("--steps", type=int, help="updates (toy 400, else 200)")
@@ -397,10 +412,11 @@ def make_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--run", type=Path, help="run directory (default runs/<model>-<objective>-k<k>-<time>)")
     run.add_argument("--resume", type=Path, help="run directory to go on with; takes every setting from it")
-    run.add_argument("--eval-data", help="held-out data (default: math500 for math, gsm8k-test for gsm8k, else the data's :test)")
+    run.add_argument("--eval-data", type=str, help="held-out data (default: math500 for math, gsm8k-test for gsm8k, else the data's :test)")
     run.add_argument("--eval-every", type=int, help="steps between evaluations (default 0 = before and after only)")
     run.add_argument("--eval-n", type=int, help="answers a problem in evaluations (toy 64, else 16)")
     run.add_argument("--save-every", type=int, help="steps between checkpoints (toy 50, else 20)")
+    run.add_argument("--tensorboard", action="store_true", default=None, help="also write the run's columns for TensorBoard (default off)")
     return parser
 
 

@@ -10,6 +10,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +21,7 @@ import evaluate
 import policy
 import sample
 import tasks
+from conftest import ROOT
 from sample import HFSampler, encode_prompts
 from tasks import Problem, UserError
 from test_policy import ARCHITECTURES, save_model
@@ -214,3 +216,28 @@ def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(monk
     with pytest.raises(UserError) as refused:
         run(monkeypatch, sample, "--limit", 2, "--n", 2, *flags)
     assert said in str(refused.value) and "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+
+
+def test_a_question_is_answered_n_times_and_answers_that_agree_are_counted_together(monkeypatch, capsys):
+    run(monkeypatch, sample, "--ask", "2357=22:", "--n", 40)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]         # count of 40 answer reward r
+    counts = [int(words[0]) for words in lines]
+    assert sum(counts) == 40 and counts == sorted(counts, reverse=True) and counts[0] > 1
+    assert len({words[3] for words in lines}) == len(lines)
+    assert all(float(words[5]) == tasks.grade_countdown(words[3], "2357=22") for words in lines if words[3] != "(cut")
+    assert any(words[5] == "1" for words in lines)
+
+
+def test_an_answer_is_asked_of_a_chat_model_too(monkeypatch, capsys, tmp_path):
+    save_model("llama", tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ '\\\\boxed' }}{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path)
+    run(monkeypatch, sample, "--model", tmp_path, "--ask", "1+1", "--n", 3, "--max-new-tokens", 4)
+    assert "of 3   (cut off)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "ablate.py"])
+def test_help_fits_a_screen(script):
+    text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(text.splitlines()) <= 52 and max(map(len, text.splitlines())) <= 150

@@ -388,3 +388,16 @@ def test_samples_with_odd_line_ends_do_not_stop_a_resume(monkeypatch, tmp_path):
     shutil.rmtree(run / "step_000003")
     train.main(["--resume", str(run)])
     assert state(run) == before
+
+
+def test_tensorboard_shows_the_columns_of_every_step_across_a_resume(monkeypatch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    whole = go(tmp_path / "whole", "--tensorboard")
+    shutil.rmtree(whole / "step_000003")
+    train.main(["--resume", str(whole)])
+    board = EventAccumulator(str(whole / "tensorboard"))
+    board.Reload()
+    logged = rows(whole / "metrics.jsonl")
+    for name in ("reward", "pass@k", "entropy"):
+        assert [event.step for event in board.Scalars(name)] == [1, 2, 3]
+        assert [event.value for event in board.Scalars(name)] == pytest.approx([row[name] for row in logged], rel=1e-6)
