@@ -546,9 +546,12 @@ def newest_checkpoint(run: Path) -> Path | None:
 def flaw(folder: Path) -> str | None:
     """What keeps a checkpoint from being whole; None if it is. What `sha256sum -c SHA256SUMS` would say."""
     try:
-        sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
-        for name in sorted(CHECKPOINT_FILES | sums.keys()):
-            if _digest(folder / name) != sums.get(name):
+        listed = (folder / "SHA256SUMS").read_text()
+        sums = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (.+)\n", listed)}
+        if not CHECKPOINT_FILES <= sums.keys() or listed != "".join(f"{digest}  {name}\n" for name, digest in sums.items()):
+            return "SHA256SUMS is damaged"
+        for name, digest in sums.items():
+            if _digest(folder / name) != digest:
                 return f"{name} is damaged, its checksum is not that of SHA256SUMS"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename).name} is missing"

@@ -241,7 +241,7 @@ class VLLMSampler:
 def adapter_folder() -> Path:
     """A fresh folder for adapters, in RAM where that is a folder too. Removes those of processes that were killed: only a living one locks its own."""
     ram = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
-    for old in ram.glob("rspo-*"):
+    for old in ram.glob("rspo-adapters-*"):
         with suppress(OSError):                             # locked, just gone, or another user's
             handle = os.open(old, os.O_RDONLY)
             try:
@@ -249,7 +249,7 @@ def adapter_folder() -> Path:
                 shutil.rmtree(old, ignore_errors=True)
             finally:
                 os.close(handle)
-    made = Path(tempfile.mkdtemp(prefix=".rspo-", dir=ram))
+    made = Path(tempfile.mkdtemp(prefix=".rspo-adapters-", dir=ram))
     fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)  # open, and so locked, until this process ends
     return made.rename(ram / made.name[1:])
 
