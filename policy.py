@@ -116,7 +116,7 @@ def read_run(folder: Path) -> dict | None:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error})") from error
-    return config if isinstance(config, dict) and "flags" in config else None
+    return config if isinstance(config, dict) and isinstance(config.get("flags"), dict) else None
 
 
 def run_flags(folder: Path, names) -> dict:

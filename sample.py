@@ -70,6 +70,8 @@ def encode_prompts(problems: list[Problem], tokenizer, context: int, max_new_tok
         text = tasks.render(problem, tokenizer)
         # A chat template writes its own special tokens; a plain prompt gets the tokenizer's (a BOS, for some).
         ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        if not ids:
+            raise UserError(f"problem {problem.id}: its prompt {text[:40]!r} has no tokens")
         if len(ids) + max_new_tokens > context:
             raise UserError(f"problem {problem.id}: prompt of {len(ids)} tokens + --max-new-tokens {max_new_tokens} exceed "
                             f"the model's context of {context} tokens")

@@ -91,24 +91,26 @@ def seal(checkpoint):
 
 # ---------------------------------------------------------------- 1. killed
 
-def kill_until_done(begin, changed, rng):
-    """Start a process again and again, kill it at random moments until it ends by itself: how many kills, how many in the midst of a write."""
+def kill_until_done(begin, changed, rng, most):
+    """Start a process again and again, kill it at random moments, `most` times or until it is done: how many kills, how many in the midst of a write."""
     kills = inside = 0
     while True:
         before = changed()
         process = begin()
-        if kills % 2:
+        if kills == most:
+            process.join()
+        elif kills % 2:
             wait_for(lambda: changed() != before, process)              # just now something is being written
             time.sleep(rng.uniform(0, 0.02))
         else:
             process.join(rng.uniform(0.2, 4))
-        inside += changed() != before
+        writing = changed() != before
         process.kill()
         process.join()
         if process.exitcode == 0:
             return kills, inside
         assert process.exitcode == -signal.SIGKILL
-        kills += 1
+        kills, inside = kills + 1, inside + writing
 
 
 @pytest.mark.parametrize("sampler", ["hf", pytest.param("vllm", marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"))])
@@ -126,7 +128,7 @@ def test_training_killed_at_random_moments_ends_in_the_same_bits(tmp_path, sampl
             assert newest == sorted(newest), "a finished checkpoint was lost"
             return start("train", *(["--resume", run] if run.exists() else [*flags, "--run", run]))
         being_written = lambda: {(path, path.stat().st_ctime_ns) for path in run.glob(".step_*.unfinished") if path.exists()}
-        more, within = kill_until_done(begin, being_written, rng)
+        more, within = kill_until_done(begin, being_written, rng, KILLS - kills)
         kills, inside = kills + more, inside + within
         assert state(run) == state(unbroken) and [path.name for path in policy.checkpoints(run)] == ["step_000011", "step_000012"]
         assert (run / "step_000012" / "SHA256SUMS").read_bytes() == (unbroken / "step_000012" / "SHA256SUMS").read_bytes()
@@ -139,7 +141,7 @@ def test_evaluation_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     start("evaluate", *flags, "--out", tmp_path / "unbroken.png").join()
     while kills < KILLS:
         written = lambda: sum(path.stat().st_size for path in tmp_path.glob(f"{number}*/*"))
-        more, _ = kill_until_done(lambda: start("evaluate", *flags, "--out", tmp_path / f"{number}.png"), written, rng)
+        more, _ = kill_until_done(lambda: start("evaluate", *flags, "--out", tmp_path / f"{number}.png"), written, rng, KILLS - kills)
         assert results(str(number)) == results("unbroken") and len(results("unbroken")[0].splitlines()) == 200
         kills, number = kills + more, number + 1
     print(f"\nevaluation: {kills} kills")
