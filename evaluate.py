@@ -228,16 +228,19 @@ def read_samples(path: Path) -> tuple[list[Problem], list[list[tuple[str, bool]]
     lines = tasks.read_lines(path)
     for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         try:
-            row = json.loads(line)
-            problems.append(Problem(row["id"], row["problem"], row["answer"], row["task"]))
+            row = tasks.parse_row(line)
+            fields = [row[name] for name in ("id", "problem", "answer", "task", "data")]
+            if not all(isinstance(value, str) for value in fields):
+                raise TypeError("id, problem, answer, task and data must be text")
+            problems.append(Problem(*fields[:4]))
             groups.append([(str(answer["text"]), bool(answer["finished"])) for answer in row["answers"]])
             tokens.append([int(answer["tokens"]) for answer in row["answers"]])
-            data.add(str(row["data"]))
+            data.add(row["data"])
             if not groups[-1]:
                 raise ValueError("no answers")
             if len(data) > 1:
                 raise ValueError(f"data set {row['data']!r}, but the lines before are of another")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{path}, line {number}: not a row of sample.py ({type(error).__name__}: {error})") from error
     if not problems:
         raise UserError(f"samples file {path} holds no problems")

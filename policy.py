@@ -12,10 +12,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,10 +45,17 @@ ORGANISATIONS = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama
                  "OLMo": "allenai", "DeepSeek": "deepseek-ai", "Mistral": "mistralai", "phi": "microsoft"}
 LOGITS_AT_ONCE = 2**27          # elements; the vocabulary head runs on so many logits at a time (0.5 GB in fp32)
 LOGIT_BYTES = 20                # at the peak of its backward pass: five fp32 copies of a logit
+FORMAT = 1                      # of checkpoints, in their state.json; another version writes another number
+CHECKPOINT_FILES = {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 class BadNumbers(ArithmeticError):
-    """A reward, loss or gradient is NaN or infinite. The update was not applied."""
+    """A reward, log-probability, loss or gradient is NaN or infinite. The update was not applied."""
+
+    def __init__(self, message: str, index: int | None = None):
+        """index: of the sample to blame among the step's P * n, where it is known."""
+        super().__init__(message)
+        self.index = index
 
 
 class BrokenPolicy(BadNumbers):
@@ -66,13 +75,15 @@ def resolve_model(name: str) -> tuple[str, Path | None]:
     folder = Path(name)
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"], folder
+            if (folder / "SHA256SUMS").is_file() and (damage := flaw(folder)):
+                raise UserError(f"checkpoint {folder} is not whole: {damage}; the newest whole one there is {newest_checkpoint(folder.parent)}")
+            return read_adapter(folder)["base_model_name_or_path"], folder
         run = read_run(folder)
         if run is None:
             return name, None
         newest = newest_checkpoint(folder)
         if newest is None:
-            raise UserError(f"run directory {name} holds no finished checkpoint (step_...)")
+            raise UserError(f"run directory {name} holds no whole checkpoint (step_...)")
         return resolve_model(run["flags"]["model"])[0], newest
     if "/" in name:
         return name, None
@@ -83,6 +94,19 @@ def resolve_model(name: str) -> tuple[str, Path | None]:
                     f"(owner/name), a local folder, or a short name that begins with one of {', '.join(ORGANISATIONS)}")
 
 
+def read_adapter(folder: Path) -> dict:
+    """adapter_config.json of a LoRA adapter. UserError if it is anything else; weights in a pickle are refused."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if not isinstance(config["base_model_name_or_path"], str) or min(config["r"], config["lora_alpha"]) < 1:
+            raise ValueError("a value that cannot be")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}/adapter_config.json is not that of a LoRA adapter ({type(error).__name__}: {error})") from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"adapter {folder} has no adapter_model.safetensors, the only form of weights that is read")
+    return config
+
+
 def read_run(folder: Path) -> dict | None:
     """config.json of a run directory, or None where the folder is not one."""
     path = Path(folder) / "config.json"
@@ -90,9 +114,9 @@ def read_run(folder: Path) -> dict | None:
         return None
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error})") from error
-    return config if isinstance(config, dict) and "flags" in config else None
+    return config if isinstance(config, dict) and isinstance(config.get("flags"), dict) else None
 
 
 def run_flags(folder: Path, names) -> dict:
@@ -126,7 +150,7 @@ def _loading(base: str):
 
 def load_tokenizer(base: str):
     with _loading(base):
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)      # else transformers would ask at the terminal
         if not tokenizer("1 + 1", add_special_tokens=False).input_ids:      # made up by transformers where files are missing
             raise ValueError("it has no tokenizer files")
     if tokenizer.pad_token_id is None:
@@ -149,7 +173,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, traina
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     with _loading(base):
         model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                                           **(quantised if load_in_4bit else {}))
+                                                           trust_remote_code=False, **(quantised if load_in_4bit else {}))
         if info["missing_keys"]:        # transformers would fill them with random numbers
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]} and {len(info['missing_keys']) - 1} more")
     model.requires_grad_(False)
@@ -159,7 +183,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, traina
         if isinstance(getattr(module, "dropout", None), float):     # of a whole layer (OPT); what is sampled is what is learned
             module.dropout = 0.0
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
+        with _loading(str(adapter)):
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
     model = (model if load_in_4bit else model.to(device)).eval()
     check_head(model)
     return model, tokenizer
@@ -221,7 +246,11 @@ def add_lora(model, rank: int, alpha: int, seed: int) -> PeftModel:
     """
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config).eval()
+    try:
+        return get_peft_model(model, config).eval()
+    except ValueError as error:         # Mamba, for one
+        raise UserError(f"PEFT puts no adapter on the linear layers of {model.config.model_type} models ({str(error).splitlines()[0][:200]}); "
+                        "use another model") from error
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
@@ -399,7 +428,7 @@ def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: in
     on-policy. Returns grad_norm (before clipping at max_grad_norm; 0 if
     every weight is 0: then nothing is changed), learned_tokens, and the gap |sampler - learner| of the
     log-probabilities in nats, mean and maximum over the learned tokens (None without any).
-    Raises BadNumbers, with the parameters untouched, if the loss or gradient is not finite.
+    Raises BadNumbers, with the parameters untouched, if a log-probability, the loss or the gradient is not finite.
     """
     kept = [i for i, weight in enumerate(weights.tolist()) if weight != 0]
     if not kept:
@@ -408,54 +437,84 @@ def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: in
     lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids) for i in kept]
     gap_sum, gap_max, learned = 0.0, 0.0, 0
     for batch in micro_batches(lengths, micro_batch_tokens):
-        indices = [kept[i] for i in batch]
-        chosen = [rollouts[i] for i in indices]
-        with recomputing(model):
-            logprobs, rows = token_logprobs(model, chosen, temperature)                 # (N,), (N,)
-            token_weights = weights[indices].to(logprobs.device, logprobs.dtype)[rows]  # (N,)
-            gap = logprobs.detach() - _sampled(chosen).to(logprobs.device)              # (N,)
-            if importance_cap:
-                token_weights = token_weights * gap.exp().clamp(max=importance_cap)     # (N,)
-            loss = rspo.policy_gradient_loss(logprobs, token_weights, num_samples)      # ()
-            if not torch.isfinite(loss):
-                raise BadNumbers(f"the loss is {loss.item()}")
-            loss.backward()
-        gap_sum, gap_max, learned = gap_sum + gap.abs().sum().item(), max(gap_max, gap.abs().max().item()), learned + len(gap)
+        gap = _add_gradient(model, rollouts, weights, [kept[i] for i in batch], num_samples, temperature, importance_cap)
+        gap_sum, gap_max, learned = gap_sum + gap.sum().item(), max(gap_max, gap.max().item()), learned + len(gap)
     parameters = list(trainable(model).values())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not grad_norm < float("inf"):
+        for i in kept:                                                                  # which one is it? Each alone, once more
+            optimizer.zero_grad(set_to_none=True)
+            _add_gradient(model, rollouts, weights, [i], num_samples, temperature, importance_cap)
+            if not all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None):
+                raise BadNumbers(f"the gradient norm is {grad_norm}", i)
         raise BadNumbers(f"the gradient norm is {grad_norm}")
     optimizer.step()
     return {"grad_norm": grad_norm, "learned_tokens": learned, "logprob_gap_mean": gap_sum / learned, "logprob_gap_max": gap_max}
 
 
+def _add_gradient(model, rollouts: list, weights: Tensor, indices: list[int], num_samples: int, temperature: float,
+                  importance_cap: float) -> Tensor:
+    """Add the gradient of those rollouts, one micro-batch, to the parameters'. Returns |sampler - learner| of their tokens, (N,)."""
+    chosen = [rollouts[i] for i in indices]
+    with recomputing(model):
+        logprobs, rows = token_logprobs(model, chosen, temperature)                     # (N,), (N,)
+        token_weights = weights[indices].to(logprobs.device, logprobs.dtype)[rows]      # (N,)
+        sampled = _sampled(chosen).to(logprobs.device)                                  # (N,)
+        gap = logprobs.detach() - sampled                                               # (N,)
+        if importance_cap:
+            token_weights = token_weights * gap.exp().clamp(max=importance_cap)         # (N,)
+        for name, values in (("log-probability", logprobs), ("sampler's log-probability", sampled), ("weight", token_weights)):
+            if not torch.isfinite(values).all():
+                first = (~torch.isfinite(values)).nonzero()[0, 0]
+                raise BadNumbers(f"the {name} of a token is {values[first].item()}", indices[rows[first]])
+        loss = rspo.policy_gradient_loss(logprobs, token_weights, num_samples)          # ()
+        if not torch.isfinite(loss):
+            raise BadNumbers(f"the loss is {loss.item()}")
+        loss.backward()
+    return gap.abs()
+
+
 # ---------------------------------------------------------------- checkpoints
 
-def save_checkpoint(run: Path, step: int, model: PeftModel, optimizer, state: dict) -> Path:
-    """Write run/step_000100/: the adapter in PEFT's layout, optimizer.safetensors, state.json. Atomic, no pickle.
+def save_checkpoint(run: Path, step: int, model: PeftModel, optimizer, state: dict, keep: int = 0) -> Path:
+    """Write run/step_000100/: the adapter in PEFT's layout, optimizer.safetensors, state.json, SHA256SUMS. Atomic, no pickle.
 
-    A checkpoint of this step that is already there is whole, and of the same policy: it stays.
+    A whole checkpoint of this step that is already there is of the same policy: it stays. Then keep > 0 removes the
+    oldest ones before it, so that `keep` are left.
     """
     final = Path(run) / f"step_{step:06d}"
-    if final.is_dir():
-        return final
-    unfinished = Path(run) / f".{final.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    moments = {f"{name}:{key}": torch.as_tensor(value).clone()              # clone: 8-bit moments share their code book
-               for name, parameter in trainable(model).items() for key, value in optimizer.state[parameter].items()}
-    save_file(moments, unfinished / "optimizer.safetensors")
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
-    for path in [*unfinished.iterdir(), unfinished]:       # on disk before the rename makes it count
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    os.replace(unfinished, final)
+    if flaw(final):
+        unfinished = Path(run) / f".{final.name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            model.save_pretrained(unfinished)
+            moments = {f"{name}:{key}": torch.as_tensor(value).clone()      # clone: 8-bit moments share their code book
+                       for name, parameter in trainable(model).items() for key, value in optimizer.state[parameter].items()}
+            save_file(moments, unfinished / "optimizer.safetensors")
+            (unfinished / "state.json").write_text(json.dumps({"format": FORMAT, "base": fingerprint(model), "step": step, **state}))
+            sums = [f"{_digest(path)}  {path.name}\n" for path in sorted(unfinished.iterdir())]
+            (unfinished / "SHA256SUMS").write_text("".join(sums))
+            for path in [*unfinished.iterdir(), *Path(run).glob("*.jsonl"), unfinished]:     # on disk before the rename makes it count
+                _flush(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)                   # gives its room back
+            raise OSError(f"{final.name} could not be written ({error})") from error
+        shutil.rmtree(final, ignore_errors=True)                            # damaged, if there
+        os.replace(unfinished, final)
+        _flush(run)
+    older = [folder for folder in checkpoints(run) if int(folder.name[5:]) < step]
+    for folder in older[:len(older) - keep + 1] if keep else []:
+        os.replace(folder, rubbish := folder.with_name(f".{folder.name}.unfinished"))       # never half of one under its name
+        shutil.rmtree(rubbish, ignore_errors=True)
     return final
 
 
 def load_checkpoint(folder: Path, model: PeftModel, optimizer) -> dict:
-    """Put adapter and optimizer back as `save_checkpoint` left them; returns its state, `step` included."""
+    """Put adapter and optimizer back as `save_checkpoint` left them; returns its state, `step` included. UserError if it is not this model's."""
+    state = json.loads((folder / "state.json").read_text())
+    for name, ours, of in (("format", FORMAT, "version of train.py"), ("base", fingerprint(model), "model")):
+        if state.pop(name, None) != ours:
+            raise UserError(f"checkpoint {folder} was written with another {of}; move it away, and --resume takes the newest one before it")
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     moments: dict[str, dict] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -465,8 +524,70 @@ def load_checkpoint(folder: Path, model: PeftModel, optimizer) -> dict:
     saved = optimizer.state_dict()
     saved["state"] = {index: moments[name] for index, name in enumerate(trainable(model)) if name in moments}
     optimizer.load_state_dict(saved)
-    return json.loads((folder / "state.json").read_text())
+    return state
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, whole or not, oldest first."""
+    found = [path for path in Path(run).glob("step_*") if re.fullmatch(r"step_[0-9]{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    return max(Path(run).glob("step_[0-9]*"), default=None)
+    """The newest whole checkpoint of a run. Newer ones that are not whole are named, once."""
+    for folder in reversed(checkpoints(run)):
+        damage = flaw(folder)
+        if damage is None:
+            return folder
+        _say(f"checkpoint {folder} is left aside: {damage}")
+    return None
+
+
+def flaw(folder: Path) -> str | None:
+    """What keeps a checkpoint from being whole; None if it is. What `sha256sum -c SHA256SUMS` would say."""
+    try:
+        listed = (folder / "SHA256SUMS").read_text()
+        sums = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (.+)\n", listed)}
+        if not CHECKPOINT_FILES <= sums.keys() or listed != "".join(f"{digest}  {name}\n" for name, digest in sums.items()):
+            return "SHA256SUMS is damaged"
+        for name, digest in sums.items():
+            if _digest(folder / name) != digest:
+                return f"{name} is damaged, its checksum is not that of SHA256SUMS"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def fingerprint(model) -> str:
+    """Tells one base model from another: a hash of how each of its weights begins, in bfloat16 whatever they are kept in."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if ".lora_" not in name and weight.is_floating_point():             # 4-bit weights are not: their bytes differ by device
+            start = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)
+            digest.update(repr(tuple(weight.shape)).encode() + start.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest_of(path: Path, size: int, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _say(sentence: str) -> None:
+    print(sentence)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder on disk, and not only on its way there."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

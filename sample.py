@@ -10,12 +10,14 @@ log-probability they drew each token, so that the learner can be held against it
 
 import argparse
 import atexit
+import fcntl
 import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +57,9 @@ def stop_ids(settings: GenerationConfig, tokenizer) -> list[int]:
         _, answered, behind = chat.rpartition("the answer")
         first = tokenizer(behind, add_special_tokens=False).input_ids[:1] if answered else []
         stops |= {i for i in first if i in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[i].special}
+    if stops <= {None}:
+        raise UserError("neither the model's tokenizer nor its generation settings name an end token, so every answer would be cut off; add an "
+                        "eos_token to its tokenizer_config.json, or use another model")
     return sorted(i for i in stops if i is not None)
 
 
@@ -65,6 +70,8 @@ def encode_prompts(problems: list[Problem], tokenizer, context: int, max_new_tok
         text = tasks.render(problem, tokenizer)
         # A chat template writes its own special tokens; a plain prompt gets the tokenizer's (a BOS, for some).
         ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        if not ids:
+            raise UserError(f"problem {problem.id}: its prompt {text[:40]!r} has no tokens")
         if len(ids) + max_new_tokens > context:
             raise UserError(f"problem {problem.id}: prompt of {len(ids)} tokens + --max-new-tokens {max_new_tokens} exceed "
                             f"the model's context of {context} tokens")
@@ -82,9 +89,10 @@ class HFSampler:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.stops = model, tokenizer, stop_ids(model.generation_config, tokenizer)
+        self.pad = self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id      # any will do: never looked at
         # Replaces the checkpoint's own settings, which may hold a top-k, a top-p or a repetition penalty.
         self.settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                         eos_token_id=self.stops, pad_token_id=tokenizer.pad_token_id)
+                                         eos_token_id=self.stops, pad_token_id=self.pad)
 
     def sync(self, adapter_dir: Path, version: int) -> None:
         """Nothing to do: the model is shared."""
@@ -108,7 +116,7 @@ class HFSampler:
 
     @torch.no_grad()
     def _generate(self, prompts, n: int, temperature: float, max_new_tokens: int) -> list[list[Rollout]]:
-        device, longest, pad = self.model.device, max(map(len, prompts)), self.tokenizer.pad_token_id
+        device, longest, pad = self.model.device, max(map(len, prompts)), self.pad
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)         # (P, L) padded left
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)     # (P, L)
         cache = None
@@ -190,7 +198,7 @@ class VLLMSampler:
             raise UserError(f"vLLM could not start on {base} with a context of {context} tokens ({str(error).splitlines()[0]}); on a "
                             "GPU too small lower --gpu-memory or --max-new-tokens, or take --sampler hf") from error
         self.tokenizer, self.stops, self.adapter, self.sleeps, self.asleep = tokenizer, stops, None, sleeps, False
-        self.adapter_root = Path(tempfile.mkdtemp(prefix="rspo-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self.adapter_root = adapter_folder()
         atexit.register(shutil.rmtree, self.adapter_root, ignore_errors=True)
 
     def sync(self, adapter_dir: Path, version: int) -> None:
@@ -232,6 +240,22 @@ class VLLMSampler:
         return groups
 
 
+def adapter_folder() -> Path:
+    """A fresh folder for adapters, in RAM where that is a folder too. Removes those of processes that were killed: only a living one locks its own."""
+    ram = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
+    for old in ram.glob("rspo-adapters-*"):
+        with suppress(OSError):                             # locked, just gone, or another user's
+            handle = os.open(old, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                os.close(handle)
+    made = Path(tempfile.mkdtemp(prefix=".rspo-adapters-", dir=ram))
+    fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)  # open, and so locked, until this process ends
+    return made.rename(ram / made.name[1:])
+
+
 def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
     """A rollout of what was generated, cut behind its first end token: what follows it is padding."""
     end = next((i for i, token in enumerate(ids) if token in stops), None)
@@ -264,13 +288,13 @@ def open_sampler(args: argparse.Namespace, problems: list[Problem]):
         base = str(policy.dequantised_copy(model, tokenizer))
         del model
     tokenizer = policy.load_tokenizer(base)
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     prompts = encode_prompts(problems, tokenizer, context_length(config), args.max_new_tokens)
     try:
         settings = GenerationConfig.from_pretrained(base)
     except OSError:                                         # the checkpoint has none
         settings = GenerationConfig.from_model_config(config)
-    rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else 8
+    rank = policy.read_adapter(adapter)["r"] if adapter else 8
     sampler = VLLMSampler(base, tokenizer, stop_ids(settings, tokenizer), dtype=policy.pick_dtype(args.dtype), lora_rank=rank,
                           context=max(map(len, prompts)) + args.max_new_tokens, gpu_memory=0.9)
     if adapter:
@@ -374,7 +398,7 @@ def rows_done(path: Path, settings: dict) -> int:
         return 0
     if lines != [""]:
         try:
-            row = json.loads(lines[0])
+            row = tasks.parse_row(lines[0])
             other = [name for name in settings if row[name] != settings[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line 1: not a row of this version's sample.py; move the file away") from error
@@ -386,12 +410,17 @@ def rows_done(path: Path, settings: dict) -> int:
 
 def sample_to_file(path: Path, settings: dict, problems: list[Problem], sampler, prompts) -> None:
     """Append the missing rows to a samples file, each as it comes; what an interrupted block left is made again."""
+    path.touch()
+    with tasks.locked(path, f"{path} is being written by another process: wait for it, or give another --out"):
+        _append_samples(path, settings, problems, sampler, prompts)
+
+
+def _append_samples(path: Path, settings: dict, problems: list[Problem], sampler, prompts) -> None:
     done = rows_done(path, settings)
     if done == len(problems):
         return
     done -= done % block_size(sampler, prompts, settings["n"], settings["max_new_tokens"])
-    kept = "".join(line + "\n" for line in tasks.read_lines(path)[:done]) if path.exists() else ""
-    path.write_text(kept, encoding="utf-8")
+    os.truncate(path, sum(len((line + "\n").encode()) for line in tasks.read_lines(path)[:done]))
     groups = sample_problems(sampler, prompts, settings["n"], settings["temperature"], settings["max_new_tokens"], settings["seed"],
                              f"sampling {settings['model']} on {settings['data']}", start=done)
     for problem, group in zip(problems[done:], groups):
@@ -446,10 +475,14 @@ def main() -> None:
 
 def run_script(main) -> None:
     """Run a script's main: what the user can put right ends in one sentence and exit code 1, without a traceback."""
+    name = Path(sys.argv[0]).name
     try:
         main()
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (UserError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; nothing that was finished is lost", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ before its end token earns 0 everywhere.
 """
 
 import difflib
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -20,10 +22,12 @@ import logging
 import math
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -147,6 +151,33 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"file {path} cannot be read: {error}") from error
 
 
+def parse_row(line: str) -> dict:
+    """The JSON object on a line of a .jsonl file; ValueError if it is anything else."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{type(row).__name__} found, but each line must be a JSON object")
+    json.dumps(row, ensure_ascii=False).encode()        # ValueError for half a character (\\ud800), which no file can hold
+    return row
+
+
+@contextmanager
+def locked(path: Path, refusal: str):
+    """Hold a file against other processes; the lock dies with this one. UserError with that refusal if one has it already."""
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(refusal) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(f"the file system of {path} knows no locks: nothing keeps a second process out")
+        yield
+
+
 def _load_jsonl(path: Path) -> list[Problem]:
     problems, seen = [], {}
     for number, line in enumerate(read_lines(path), 1):
@@ -154,11 +185,9 @@ def _load_jsonl(path: Path) -> list[Problem]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = parse_row(line)
+        except ValueError as error:
             raise UserError(f"{where}: not a JSON object ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: {type(row).__name__} found, but each line must be a JSON object")
         for key in ("problem", "answer"):
             if row.get(key) is None or not str(row[key]).strip():
                 raise UserError(f"{where}: no {key!r} (each line needs 'problem' and 'answer'; it has {sorted(row)})")
@@ -166,6 +195,8 @@ def _load_jsonl(path: Path) -> list[Problem]:
         if prompt is not None and not isinstance(prompt, str):
             raise UserError(f"{where}: 'prompt' is a {type(prompt).__name__}, but must be text")
         name = str(row.get("id", f"{path.stem}-{number}"))
+        if ".." in Path(name).parts:
+            raise UserError(f"{where}: the id {name!r} must not hold '..': it would be a path out of its folder")
         if name in seen:
             raise UserError(f"{where}: the id {name!r} is that of line {seen[name]} already; each problem needs its own")
         seen[name] = number
@@ -395,11 +426,13 @@ def _worker() -> None:
     replies, sys.stdout = sys.stdout, sys.stderr        # nothing a library prints may reach the pipe
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
+        signal.alarm(int(2 * GRADE_LIMIT_S))            # ends a worker that hangs and has lost the parent that would kill it
         try:
             what, *texts = json.loads(line)
             value = {"judge": judge, "parsable": parsable}[what](*texts)
         except Exception:                               # whatever a parser makes of hostile text, it is no right answer
             value = 0.0
+        signal.alarm(0)
         print(value, file=replies, flush=True)
 
 

@@ -14,12 +14,16 @@ evaluation), samples.jsonl (a few answers to read), step_000100/ (adapter, optim
 import argparse
 import importlib.metadata
 import json
+import os
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import deque
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -39,24 +43,19 @@ OBJECTIVES = {"passk": rspo.pass_at_k_weights, "maxk": rspo.max_at_k_weights, "g
 
 # ---------------------------------------------------------------- the loop
 
-def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, held_out, checkpoint: Path | None) -> None:
-    """Train model on problems as args say, in run directory `run`, from its checkpoint where given."""
-    if not policy.trainable(model):
-        model = policy.add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-    prompts, eval_prompts = (sample.encode_prompts(each, tokenizer, sample.context_length(model.config), args.max_new_tokens)
-                             for each in (problems, held_out))
-    if not run.exists():
-        write_config(run, args)
+def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, prompts, held_out, eval_prompts) -> None:
+    """Train model on problems as args say, in run directory `run`, from its newest whole checkpoint where there is one."""
     optimizer = policy.make_optimizer(model, args.lr, args.adam_8bit)
     start, skipped = 0, 0                                   # steps done; steps without a single non-zero weight
-    if checkpoint:
+    if checkpoint := policy.newest_checkpoint(run):
         state = policy.load_checkpoint(checkpoint, model, optimizer)
         start, skipped = state["step"], state["skipped"]
     sampler = prepare(args, model, tokenizer, max(map(len, prompts)), max(map(len, prompts + eval_prompts)), version=start)
-    log, stop = RunLog(run, start, args.tensorboard), StopRequest()
-    save = lambda step: policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped})
+    log, stop, budget = RunLog(run, start, args.tensorboard), StopRequest(), args.micro_batch_tokens
+    save = lambda step: policy.save_checkpoint(run, step, model, optimizer, {"skipped": skipped}, args.keep)
 
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="training", disable=None):
+        batch, groups = batch_at(len(problems), step, args.prompts, args.seed), []                          # [P]
         try:
             if step == 0 or args.eval_every and step % args.eval_every == 0:
                 evaluate_policy(args, log, step, sampler, held_out, eval_prompts, stop)
@@ -64,7 +63,6 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, held_
                     leave(save(step), stop)
             clock = Clock()
             ks = ks_at(args.k, step, args.steps)
-            batch = batch_at(len(problems), step, args.prompts, args.seed)                                  # [P]
             groups = sampler.generate([prompts[i] for i in batch], args.n, args.temperature, args.max_new_tokens,
                                       seed_at(args.seed, step, args.prompts * args.n))                      # [P][n]
             clock.lap("sample")
@@ -76,11 +74,9 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, held_
             clock.lap("grade")
             sampler.sleep()
             weights = weigh(rewards, ks, args.objective, args.baseline)                                     # (P, n)
-            stats = policy.update(model, optimizer, [r for group in groups for r in group], weights.flatten(),
-                                  num_samples=weights.numel(), temperature=args.temperature,
-                                  micro_batch_tokens=args.micro_batch_tokens, max_grad_norm=args.max_grad_norm,
-                                  importance_cap=args.importance_cap)
-        except (UserError, policy.BadNumbers) as error:
+            stats, budget = learn(args, model, optimizer, [r for group in groups for r in group], weights, budget)
+        except (UserError, policy.BadNumbers, torch.OutOfMemoryError) as error:
+            log.failure(step + 1, error, [problems[i] for i in batch], groups)
             give_up(run, step, error, save)
         clock.lap("learn")
         sync(sampler, model, version=step + 1)
@@ -107,6 +103,22 @@ def prepare(args: argparse.Namespace, model, tokenizer, prompt: int, longest_pro
         policy.rehearse(model, prompt, args.max_new_tokens, args.prompts * args.n, args.micro_batch_tokens)
     sync(sampler, model, version)
     return sampler
+
+
+def learn(args: argparse.Namespace, model, optimizer, rollouts, weights: torch.Tensor, budget: int) -> tuple[dict, int]:
+    """One update with weights (P, n), and the micro-batch (tokens) it took: out of memory, the run's is halved once."""
+    half = max(1, args.micro_batch_tokens // 2)
+    for tokens in dict.fromkeys((budget, half)):
+        try:
+            return policy.update(model, optimizer, rollouts, weights.flatten(), num_samples=weights.numel(), temperature=args.temperature,
+                                 micro_batch_tokens=tokens, max_grad_norm=args.max_grad_norm, importance_cap=args.importance_cap), tokens
+        except torch.OutOfMemoryError as error:             # in the backward pass: no parameter has changed, and the gradient is made anew
+            reason = str(error).splitlines()[0]
+        optimizer.zero_grad(set_to_none=True)
+        if tokens != half:
+            tqdm.write(f"out of memory while learning {tokens} tokens at once: from now on --micro-batch-tokens is {half}, with the same gradient")
+    raise UserError(f"the memory does not suffice to learn {half} tokens at once, half of --micro-batch-tokens ({reason}); set a smaller "
+                    "micro_batch_tokens, or gradient_checkpointing to true, in the run's config.json")
 
 
 def leave(checkpoint: Path, stop: "StopRequest") -> None:
@@ -180,7 +192,8 @@ def seed_at(seed: int, step: int, samples: int) -> int:
 def weigh(rewards: torch.Tensor, ks: tuple[int, ...], objective: str, baseline: str) -> torch.Tensor:
     """(P, n) weights of (P, n) rewards: the mean over ks of each objective's weights."""
     if not torch.isfinite(rewards).all():
-        raise policy.BadNumbers(f"a reward is {rewards[~torch.isfinite(rewards)][0].item()}")
+        index = (~torch.isfinite(rewards)).flatten().nonzero()[0].item()
+        raise policy.BadNumbers(f"a reward is {rewards.flatten()[index].item()}", index)
     weight_fn = rspo.leave_one_out_weights if baseline == "loo" else OBJECTIVES[objective]
     return torch.stack([weight_fn(rewards, k) for k in ks]).mean(0)                         # (P, n)
 
@@ -236,12 +249,15 @@ def distinct_correct(groups, rewards: torch.Tensor) -> float:
     return sum(len({r.text for r, value in zip(group, values) if value == 1}) for group, values in zip(groups, rewards.tolist())) / len(groups)
 
 
-def tripwires(row: dict) -> dict[str, str]:
-    """Name -> sentence of every alarm a metrics row sets off: what it means, what to change."""
+def tripwires(row: dict, usual_norm: float | None = None) -> dict[str, str]:
+    """Name -> sentence of every alarm a metrics row sets off: what it means, what to change. usual_norm: of the gradient, lately."""
     alarms = {}
     if row["truncated"] > 0.5:
         alarms["truncated"] = f"{row['truncated']:.0%} of the answers are cut off and earn 0: raise --max-new-tokens"
-    if row["zero_weight_prompts"] > 0.95:
+    if row["reward"] > 0.95:
+        alarms["solved"] = (f"the mean reward is {row['reward']:.3f}: nearly every answer is right, and nothing is left to learn here; stop, or "
+                            "take harder --data")
+    elif row["zero_weight_prompts"] > 0.95:
         alarms["zero"] = (f"{row['zero_weight_prompts']:.0%} of the prompts have no signal (all wrong, or nearly all right): take "
                           "easier or harder --data, a larger --n, or graded rewards")
     if (row["logprob_gap_mean"] or 0) > 0.05:
@@ -250,6 +266,9 @@ def tripwires(row: dict) -> dict[str, str]:
     if row["entropy"] < 0.05:
         alarms["entropy"] = (f"entropy is {row['entropy']:.3f} nats an answer: the policy has collapsed to one answer a prompt; "
                              "lower --lr or raise --k")
+    if usual_norm and row["grad_norm"] > 20 * usual_norm:
+        alarms["norm"] = (f"the gradient norm is {row['grad_norm']:.3g}, usually it was {usual_norm:.3g}: if that goes on, lower --lr or "
+                          "--max-grad-norm")
     return alarms
 
 
@@ -281,8 +300,9 @@ class StopRequest:
 
     def _request(self, number, frame) -> None:
         self.requested = number
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping as soon as nothing is lost by it (once more: at once)", flush=True)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b"\nstopping as soon as nothing is lost by it (once more: at once)\n")      # print may be at work just now
 
 
 def open_board(run: Path, step: int):
@@ -299,7 +319,7 @@ class RunLog:
 
     def __init__(self, run: Path, step: int, tensorboard: bool = False):
         """step: of the checkpoint that training goes on from; rows after it will be made again."""
-        self.run, self.alarmed = run, set()
+        self.run, self.alarmed, self.norms = run, set(), deque(maxlen=50)
         self._cut("metrics.jsonl", lambda row: row["step"] <= step)
         self.evaluated = {row["step"] for row in self._cut("evals.jsonl", lambda row: row["step"] <= step)}
         self._cut("samples.jsonl", lambda row: row["step"] in self.evaluated)
@@ -308,7 +328,10 @@ class RunLog:
     def _cut(self, name: str, keep) -> list[dict]:
         path = self.run / name
         lines = tasks.read_lines(path)[:-1] if path.exists() else []        # behind the last newline: nothing, or half a line
-        lines = [line for line in lines if keep(json.loads(line))]
+        try:
+            lines = [line for line in lines if keep(tasks.parse_row(line))]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): repair or remove the bad lines and go on") from error
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         unfinished.replace(path)
@@ -328,7 +351,9 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(name, value, row["step"])
             self.board.flush()
-        for name, sentence in tripwires(row).items():
+        usual_norm = statistics.median(self.norms) if len(self.norms) >= 10 else None
+        self.norms.extend([row["grad_norm"]] if row["grad_norm"] else [])
+        for name, sentence in tripwires(row, usual_norm).items():
             if name not in self.alarmed:
                 tqdm.write(f"step {row['step']}: {sentence}")
                 self.alarmed.add(name)
@@ -350,6 +375,14 @@ class RunLog:
                             for r, value in list(zip(group, values))[:4]]})
         self._append("evals.jsonl", {"step": step, "ids": [p.id for p in problems], "rewards": rewards})    # last: it counts
         self.evaluated.add(step)
+
+    def failure(self, step: int, error: Exception, problems, groups) -> None:
+        """Write down why a step was not applied and, where one sample [P][n] is to blame, which."""
+        row = {"step": step, "error": str(error)}
+        if getattr(error, "index", None) is not None:
+            p, i = divmod(error.index, len(groups[0]))
+            row |= {**vars(problems[p]), **vars(groups[p][i])}
+        self._append("failures.jsonl", row)
 
     def report(self, problems) -> None:
         """Table and figures of the run, before against after, and a few answers to read."""
@@ -379,7 +412,7 @@ DEFAULTS = {"data": "math", "n": 16, "prompts": 32, "steps": 200, "max_new_token
             "micro_batch_tokens": 16384, "eval_n": 16, "limit": None, "save_every": 20, "gradient_checkpointing": True}
 ALWAYS = {"objective": "passk", "baseline": "none", "k": "4", "temperature": 1.0, "sampler": "auto", "dtype": "auto", "seed": 0,
           "lora_alpha": 32, "max_grad_norm": 1.0, "gpu_memory": 0.45, "eval_every": 0, "eval_data": None, "model": "toy",
-          "adam_8bit": False, "vllm_sleep": False, "tensorboard": False}
+          "adam_8bit": False, "vllm_sleep": False, "keep": 0, "tensorboard": False}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -416,6 +449,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--eval-every", type=int, help="steps between evaluations (default 0 = before and after only)")
     run.add_argument("--eval-n", type=int, help="answers a problem in evaluations (toy 64, else 16)")
     run.add_argument("--save-every", type=int, help="steps between checkpoints (toy 50, else 20)")
+    run.add_argument("--keep", type=int, help="checkpoints to keep, the newest ones (default 0 = all)")
     run.add_argument("--tensorboard", action="store_true", default=None, help="also write the run's columns for TensorBoard (default off)")
     return parser
 
@@ -448,6 +482,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.run is None:
         name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
         args.run = Path("runs") / name.replace(":", "to").replace(",", "_")
+    if ".." in args.run.parts:
+        raise UserError(f"--run is {args.run}, but must not hold '..': give the folder by its own name")
     if args.run.exists():
         raise UserError(f"run directory {args.run} exists already: go on with --resume {args.run}, or give another --run")
     return args
@@ -458,7 +494,7 @@ def of_adapter(args: argparse.Namespace) -> dict:
     adapter = policy.resolve_model(args.model)[1]
     if adapter is None:
         return {"load_in_4bit": False}
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = policy.read_adapter(adapter)
     settled = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"],
                "load_in_4bit": sample.sampling_defaults(str(adapter))["load_in_4bit"]}
     for name, value in settled.items():
@@ -487,6 +523,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--importance-cap is {args.importance_cap}, but must be 0 (off) or at least 1")
     if args.eval_every < 0:
         raise UserError(f"--eval-every is {args.eval_every}, but must be 0 (off) or more")
+    if args.keep < 0:
+        raise UserError(f"--keep is {args.keep}, but must be 0 (all) or more")
     try:
         ks = {k for step in range(args.steps) for k in ks_at(args.k, step, args.steps)}
     except ValueError:
@@ -503,10 +541,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def write_config(run: Path, args: argparse.Namespace) -> None:
-    try:
-        run.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"run directory {run} cannot be made: {error.strerror}; give another --run") from error
+    """Make the run directory with its config.json: both or neither."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     used = ["torch", "transformers", "peft", *(["vllm"] if args.sampler == "vllm" else []),
             *(["bitsandbytes"] if args.load_in_4bit or args.adam_8bit else [])]
@@ -514,22 +549,43 @@ def write_config(run: Path, args: argparse.Namespace) -> None:
     versions = {name: importlib.metadata.version(installed_as[name][0]) for name in used}
     flags = {name: value for name, value in vars(args).items() if name not in ("run", "resume")}
     config = {"flags": flags, "versions": versions, "git_commit": commit or None}
-    (run / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    try:
+        unfinished = run.with_name(f".{run.name}.{os.getpid()}")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        (unfinished / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        unfinished.rename(run)
+    except OSError as error:
+        raise UserError(f"run directory {run} cannot be made: {error.strerror}; give another --run") from error
+
+
+@contextmanager
+def claimed(run: Path):
+    """Keep other processes out of a run directory, and say in one sentence what its disk refuses."""
+    try:
+        with tasks.locked(run / "config.json", f"run directory {run} is in use by another train.py: wait for it, or give another --run"):
+            yield
+    except OSError as error:
+        raise UserError(f"run {run} stopped: {error}; its newest whole checkpoint is {policy.newest_checkpoint(run)}: make room, or make it "
+                        f"writable, and go on with --resume {run}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    run, checkpoint = args.run, None
-    if args.resume:
-        run = args.resume
+    run, resumed = args.resume or args.run, args.resume is not None
+    if resumed:
         if policy.read_run(run) is None:
             raise UserError(f"--resume {run}: no run directory there (no config.json of train.py)")
         names = {action.dest for action in make_parser()._actions} - {"help", "run", "resume"}
-        args, checkpoint = argparse.Namespace(**policy.run_flags(run, names)), policy.newest_checkpoint(run)
+        args = argparse.Namespace(**policy.run_flags(run, names))
+        with claimed(run):              # refused before anything is loaded
+            checkpoint = policy.newest_checkpoint(run)
+        if checkpoint is None and policy.checkpoints(run):
+            raise UserError(f"no checkpoint of {run} is whole; to begin it anew, give another --run or remove its step_... folders")
         print(f"going on with {run} from {checkpoint.name if checkpoint else 'its start'}; it has {args.steps} steps")
     if sample.is_toy(args.model):
         torch.set_num_threads(1)        # the toy is too small to share: more threads would mostly wait for each other
     model, tokenizer = policy.load_model(args.model, args.dtype, trainable_adapter=True, load_in_4bit=args.load_in_4bit)
+    sample.stop_ids(model.generation_config, tokenizer)     # refused where there is none
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
     if problems[0].task == "math":
         unknown = tasks.unparsable(p.answer for p in problems + held_out)
@@ -537,7 +593,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{len(unknown)} gold answers are understood by no parser and compared as strings only, such as {unknown[0][:80]!r}")
     if args.objective == "passk" and problems[0].task == "countdown-graded":
         raise UserError(f"--objective passk needs 0/1 rewards, but {args.data} grades in [0, 1]: use --objective maxk")
-    train(args, run, model, tokenizer, problems, held_out, checkpoint)
+    if not policy.trainable(model):
+        model = policy.add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+    prompts, eval_prompts = (sample.encode_prompts(each, tokenizer, sample.context_length(model.config), args.max_new_tokens)
+                             for each in (problems, held_out))
+    if not resumed:
+        write_config(run, args)
+    with claimed(run):
+        train(args, run, model, tokenizer, problems, prompts, held_out, eval_prompts)
 
 
 if __name__ == "__main__":
