@@ -235,6 +235,8 @@ def read_samples(path: Path) -> tuple[list[Problem], list[list[tuple[str, bool]]
             problems.append(Problem(*fields[:4]))
             groups.append([(str(answer["text"]), bool(answer["finished"])) for answer in row["answers"]])
             tokens.append([int(answer["tokens"]) for answer in row["answers"]])
+            if not 0 <= min(tokens[-1], default=0) <= max(tokens[-1], default=0) < 2**31:
+                raise ValueError("tokens must lie in 0..2**31 - 1")
             data.add(row["data"])
             if not groups[-1]:
                 raise ValueError("no answers")

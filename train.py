@@ -8,7 +8,7 @@ A step is: batch -> generate -> grade -> weigh -> update -> sync -> log. One on-
 ratio, no KL term, no value model. What is left out on purpose: multi-GPU, full fine-tuning, async sampling.
 
 A run directory holds config.json (every setting), metrics.jsonl (a row a step), evals.jsonl (rewards of every
-evaluation), samples.jsonl (a few answers to read), step_000100/ (adapter, optimizer, state) and figures.
+evaluation), samples.jsonl (a few answers to read), step_000100/ (adapter, optimizer, state, SHA256SUMS) and figures.
 """
 
 import argparse

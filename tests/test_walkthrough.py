@@ -20,10 +20,10 @@ def run(notebook) -> None:
         cell.metadata.pop("execution", None)                    # times of day
 
 
-def texts(cell) -> list[str]:
+def text_of(cell) -> str:
     """Text outputs of a code cell."""
     found = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
-    return [text for text in found if not text.startswith("<Figure")]
+    return "".join(text for text in found if not text.startswith("<Figure"))
 
 
 def test_the_lesson_runs_and_shows_what_it_computes():
@@ -34,7 +34,7 @@ def test_the_lesson_runs_and_shows_what_it_computes():
             assert before.outputs or not after.outputs, "a cell is stored without its output"
             assert not any(output.output_type == "stream" and output.name == "stderr" for output in before.outputs)
             if "varies" not in before.metadata.get("tags", ()):
-                assert texts(before) == texts(after)
+                assert text_of(before) == text_of(after)
 
 
 def test_the_lesson_defines_no_algorithm_and_hides_its_solutions():
