@@ -316,7 +316,15 @@ def _verified(gold: str, given: str) -> bool:
         return False
     from math_verify import verify
     parsed = _parse(gold), _parse(given)
-    return None not in parsed and verify(*parsed, timeout_seconds=None)
+    if None in parsed or _infinite(parsed[1]) and parsed[0] != parsed[1]:      # sympy finds e\sqrt{\infty} - 2\pi to be 0
+        return False
+    return verify(*parsed, timeout_seconds=None)
+
+
+def _infinite(value) -> bool:
+    """Whether an expression holds something infinite or undefined, as it stands or once worked out."""
+    from sympy import nan, oo, zoo
+    return any(each.has(oo, -oo, zoo, nan) for each in (value, value.doit(), value.evalf(5)))
 
 
 @lru_cache(maxsize=4096)

@@ -448,6 +448,8 @@ def test_a_model_without_an_end_token_is_refused_and_one_without_a_pad_token_wor
         if eos:
             metrics = rows(go(tmp_path / "run", *flags) / "metrics.jsonl")
             assert metrics[0]["truncated"] < 0.5 and metrics[0]["logprob_gap_max"] < 1e-4
+            sampler = sample.HFSampler(*policy.load_model(str(tmp_path / "model")))
+            assert [len(group) for group in sampler.generate([(4, 5), (4, 5, 6, 7)], 2, 1.0, 4, seed=0)] == [2, 2]      # padded
         else:
             with pytest.raises(UserError, match="name an end token"):
                 go(tmp_path / "other", *flags)

@@ -30,6 +30,7 @@ from tasks import Problem, UserError
 INPUTS = int(os.environ.get("RSPO_FUZZ", 3000))
 SHARES = {"countdown": 0.3, "mathematics": 0.4, "problems": 0.1, "samples": 0.1, "prompts": 0.05, "records": 0.05}    # of all inputs
 SPECIAL = ["<|im_end|>", "<|endoftext|>", "<eos>", "<pad>", "</s>", "<|im_start|>assistant", "\x00", "\ufeff", "\u2028", "\ud800", "\U0001f642", "５", "٥", "²"]
+INFINITE = [r"e\sqrt{\infty}", r"\pi\infty", r"2^{\infty}\pi", r"2\sqrt{\infty}", r"4.5e\sqrt{3inf4.5e\sqrt{33}}", r"e\sqrt{\frac{1}{0}}", r"\pi(\infty-\infty)", r"\frac{\pi}{0}", r"x\infty"]
 LATEX = [*"0123456799+-*/^_=<>!,.;:|()[]{}$%&~ xyznei", "\n", r"\boxed{", r"\boxed", "}", "{", r"\frac{", r"\frac", r"\sqrt{", r"\sqrt", r"\text{", r"\pi", r"\infty",
          r"\le", r"\pm", r"\cup", r"\{", r"\}", r"\left(", r"\right)", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\cdot", r"\binom{", r"\log", r"\sin", r"\int_0^",
          r"\sum", r"\overline{", r"^{\circ}", r"\in", r"\mathbb{R}", "10^{10}", "9^{9^{9}}", "7654321", " and ", "the answer is", "nan", "inf", "1e999", *SPECIAL]
@@ -130,6 +131,14 @@ def test_reward_is_not_to_be_bought(text):
     assert tasks.grade(text, "42") == 0
 
 
+@pytest.mark.parametrize("given", INFINITE)
+def test_what_is_infinite_equals_no_number(given):
+    """Found by the long version: sympy's numbers lose e sqrt(oo) - 2 pi, and it was right wherever the answer is irrational."""
+    for gold in (r"2\pi", r"1+\sqrt{2}", r"\sqrt[3]{5}", r"\log 7", "x^2+1", r"\frac{1}{3}", "7"):
+        assert tasks.grade(f"\\boxed{{{given}}}", gold) == 0
+    assert tasks.grade(r"\boxed{-\infty}", r"-\infty") == tasks.grade(r"\boxed{(2, \infty)}", r"x > 2") == 1
+
+
 def test_the_prompt_repeated_or_the_gold_pattern_earns_nothing_in_countdown():
     for text in ("2357=22:", "2357=22", "22", "2357=22:7*2+3+5", "7*2+3+5=22", "7*2+3+5<eos>", "7*2+3+5\n", " 7*2+3+5", "7*2+3+5 7*2+3+5", "(7*2)+3+5", "７*2+3+5", "2+3*5+7-2", ""):
         assert tasks.grade_countdown(text, "2357=22") == 0, text
@@ -175,6 +184,13 @@ def test_any_file_of_problems_is_read_or_refused_in_one_sentence(tmp_path):
             assert problem.question.strip() and problem.answer.strip() and ".." not in Path(problem.id).parts, data
             json.dumps(vars(problem), ensure_ascii=False).encode()
             attempt(lambda: sample.encode_prompts([problem], tokenizer, 10**6, 1), slowest)
+    for text in ('{"problem": "\\ud800", "answer": "1"}', '{"problem": "p", "answer": ' + "9" * 5000 + "}", '{"problem": "p", "answer": "1", "id": ".."}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="line 1"):
+            tasks.load_problems(str(path))
+    path.write_text('{"problem": "p", "answer": "1", "prompt": ""}')
+    with pytest.raises(UserError, match="has no tokens"):
+        sample.encode_prompts(tasks.load_problems(str(path)), tokenizer, 10**6, 1)
     assert read > share("problems") // 10 and max(slowest) < 5
 
 
