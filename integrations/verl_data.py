@@ -1,10 +1,12 @@
 """The problems and the grader of tasks.py in verl's form. Needs pandas and transformers, which come with verl, and math-verify.
 
-    python integrations/verl_data.py math Qwen/Qwen2.5-Math-7B runs/verl     writes train.parquet and test.parquet
+    python integrations/verl_data.py math Qwen/Qwen2.5-Math-7B runs/verl                     writes train.parquet and test.parquet
+    python integrations/verl_data.py --base Qwen/Qwen2.5-Math-7B runs/merged/lora_adapter    completes an adapter that verl merged
 
 and to verl: reward.custom_reward_function.path=integrations/verl_data.py
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -42,10 +44,22 @@ def write_parquet(data: str, model: str, out: Path) -> None:
         print(f"wrote {len(rows)} problems to {out / name}.parquet")
 
 
+def name_base(model: str, adapter: Path) -> None:
+    """Write the base model into adapter_config.json, where verl's merger leaves it out and evaluate.py looks for it."""
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise tasks.UserError(f"{adapter} is no adapter folder: it has no adapter_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": model}, indent=1) + "\n")
+    print(f"{adapter} is now an adapter of {model}")
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 4:
-        sys.exit("usage: python integrations/verl_data.py DATA MODEL FOLDER, such as: math Qwen/Qwen2.5-Math-7B runs/verl")
+        sys.exit("usage: python integrations/verl_data.py DATA MODEL FOLDER, such as: math Qwen/Qwen2.5-Math-7B runs/verl, or: --base MODEL ADAPTER")
     try:
-        write_parquet(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+        if sys.argv[1] == "--base":
+            name_base(sys.argv[2], Path(sys.argv[3]))
+        else:
+            write_parquet(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     except tasks.UserError as error:
         sys.exit(f"verl_data.py: {error}")

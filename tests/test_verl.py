@@ -258,3 +258,33 @@ def test_problems_are_written_as_train_renders_them(tmp_path, system):
         problem = problems[row["extra_info"]["id"]]
         text = tokenizer.apply_chat_template(list(row["prompt"]), tokenize=False, add_generation_prompt=True)
         assert text == tasks.render(problem, tokenizer) and row["reward_model"]["ground_truth"] == problem.answer
+
+
+def test_a_merged_adapter_comes_back_to_evaluate(tmp_path):
+    """verl's own merger on a state dict named as its checkpoints name it; completed, it is what --model takes."""
+    from types import SimpleNamespace
+
+    from verl.model_merger.fsdp_model_merger import FSDPModelMerger
+
+    import policy
+    from sample import Rollout
+    model = policy.add_lora(policy.load_model("toy", "float32", "cpu")[0], 4, 8, seed=0)
+    torch.manual_seed(1)
+    for parameter in policy.trainable(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    made = [Rollout((3, 4, 5), (6, 7, 1), (0.0,) * 3, "", True)]
+    with torch.no_grad():
+        trained = policy.token_logprobs(model, made, 1.0)[0]
+        with model.disable_adapter():
+            untrained = policy.token_logprobs(model, made, 1.0)[0]
+    (tmp_path / "lora_train_meta.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}))
+    merger = object.__new__(FSDPModelMerger)
+    merger.config = SimpleNamespace(local_dir=str(tmp_path), target_dir=str(tmp_path))
+    merger.save_lora_adapter({name: value.clone() for name, value in model.state_dict().items()})
+    with pytest.raises(tasks.UserError, match="is no adapter folder"):
+        verl_data.name_base(str(policy.TOY), tmp_path)
+    verl_data.name_base(str(policy.TOY), tmp_path / "lora_adapter")
+    back = policy.load_model(str(tmp_path / "lora_adapter"), "float32", "cpu")[0]
+    with torch.no_grad():
+        assert torch.allclose(policy.token_logprobs(back, made, 1.0)[0], trained, atol=1e-6)
+    assert not torch.allclose(trained, untrained, atol=1e-3)
