@@ -13,6 +13,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", README, flags=re.S))
+LISTED = re.findall(r"^\| `([\w./]+)` \|", README.split("## The files")[1].split("\n## ")[0], flags=re.M)
 COMMANDS = [line.split("#")[0].split() for line in BLOCKS.splitlines() if line.startswith("python ")]
 
 
@@ -42,7 +43,7 @@ def test_readme_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"^\| `([\w./]+)` \|", README, flags=re.M)[:10])
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README) + LISTED)
 def test_readme_link_or_listed_file_exists(path):
     assert (ROOT / path).exists()
 

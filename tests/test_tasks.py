@@ -245,7 +245,7 @@ def test_the_prompt_of_the_common_families(family):
 
 @pytest.fixture(scope="module")
 def grader():
-    return Graders(1, limit_s=1.5)
+    return Graders(1)
 
 
 @pytest.mark.parametrize("text, answer, reward", [
