@@ -69,6 +69,8 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         (folder / "log.json").write_text(json.dumps({"processes": trainer.accelerator.num_processes, "rows": trainer.state.log_history,
                                                      "advantages": list(trainer._logs["advantages"])}))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
