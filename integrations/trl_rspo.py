@@ -141,8 +141,6 @@ def main() -> None:
                           peft_config=adapter, k=task.k, objective=task.objective, baseline=task.baseline)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()         # else a process now and then aborts at its exit, with its work done
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -69,9 +70,9 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         (folder / "log.json").write_text(json.dumps({"processes": trainer.accelerator.num_processes, "rows": trainer.state.log_history,
                                                      "advantages": list(trainer._logs["advantages"])}))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)             # all is written; gloo's thread may want Python while Python ends, and then aborts or waits for ever
