@@ -533,8 +533,8 @@ def hitchhiking(grid: Grid, results: dict[str, Result], path: Path) -> str:
         label_axis(right, "Gradient noise at the initial policy", "k", "variance of the gradient, group max / RSPO",
                    xticks=KS[1:])
     header = ["k", "variance of the gradient at the start, group max / RSPO",
-              "signal-to-noise of a 32-prompt step, RSPO / group max", "RSPO, pass@k", "group max, pass@k", "group max - RSPO at pass@k", "group max - RSPO at pass@1",
-              "entropy at the end, RSPO / group max"]
+              "signal-to-noise of a 32-prompt step, RSPO / group max", "RSPO, pass@k", "group max, pass@k",
+              "group max - RSPO at pass@k", "group max - RSPO at pass@1", "entropy at the end, RSPO / group max"]
     return "\n\n".join([
         markdown(header, rows), bullets([verdict(results, theirs, ours, k) for k, ours, theirs in pairs]),
         "The group max's gradient is unbiased (exact in `python bandit.py`), so both have the same signal: the ratio of the "

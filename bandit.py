@@ -5,7 +5,7 @@ a few actions, and all n samples of a prompt share its hidden type. So Max@k and
 in closed form, and the mean and variance of any gradient estimator follow from listing all A^n
 outcomes: no Monte Carlo, no noise. It is the classroom's and the tests' ground truth for `rspo.py`.
 
-    python bandit.py              three tables and runs/bandit.png, about five seconds on a laptop
+    python bandit.py              three tables and runs/bandit.png, about seven seconds on a laptop
 
 What the tables show: training for k is best at k (alignment); RSPO is unbiased while the plug-in and
 GRPO's normalised advantage are not (bias); the group maximum is unbiased too, but drowns in noise.

@@ -316,7 +316,8 @@ def make_parser() -> argparse.ArgumentParser:
                         "local folder, run directory or a .jsonl of sample.py (default toy)")
     parser.add_argument("--k", type=parse_ks, help="ks to report, e.g. 1,8,64 (default: powers of two up to n)")
     sample.add_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluate.png"), help="figure (default runs/evaluate.png); numbers and samples are written beside it")
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluate.png"),
+                        help="figure (default runs/evaluate.png); numbers and samples are written beside it")
     return parser
 
 

@@ -20,7 +20,7 @@ samples: average over every choice of k - 1 of them. That average has a closed f
 
 Gradient convention, everywhere: (1/n) * sum_i W_i * grad log pi(y_i), averaged over prompts.
 The weights are used as they are. Subtracting their mean, or dividing by their standard deviation,
-changes the objective (on 0/1 rewards the latter turns RSPO at any k back into GRPO).
+changes the objective (on 0/1 rewards the two together turn RSPO at any k back into GRPO).
 
 Shapes: P prompts, n samples of each, c of them correct; "..." stands for any leading dimensions.
 Rewards are anything torch.as_tensor takes; all arithmetic and every result is float64.
@@ -82,7 +82,8 @@ def pass_at_k_weights(rewards, k: int) -> Tensor:
 def max_at_k_weights(rewards, k: int) -> Tensor:
     """RSPO weight of each sample for Max@k: W_i = k * mean_S max(R_i - max_S R, 0), from (2).
 
-    rewards (..., n) real -> (..., n). S runs over the (k-1)-subsets of the other samples. Raising
+    rewards (..., n) real -> (..., n). S runs over the (k-1)-subsets of the other samples; at k = 1
+    there are none, and W_i = R_i. Raising
     the bar one sorted reward at a time, sample i gains each step below its own reward exactly
     when S lies wholly below that step:
 

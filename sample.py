@@ -14,6 +14,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -241,7 +242,10 @@ class VLLMSampler:
 
 
 def adapter_folder() -> Path:
-    """A fresh folder for adapters, in RAM where that is a folder too. Removes those of processes that were killed: only a living one locks its own."""
+    """A fresh folder for adapters, in RAM where that is a folder too.
+
+    Removes those of processes that were killed: only a living one locks its own.
+    """
     ram = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
     for old in ram.glob("rspo-adapters-*"):
         with suppress(OSError):                             # locked, just gone, or another user's
@@ -320,8 +324,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py, sample.py and evaluate.py share. None = follows from the model's task (`fill_in`)."""
     group = parser.add_argument_group("model and sampling")
     group.add_argument("--data", type=str, help="data set: countdown, countdown-graded, math, gsm8k, math500, ..., a hub data set or a .jsonl; "
-                       "':train' and ':test' take a fixed part, ':1-3' these levels (toy: countdown, else math)")
-    group.add_argument("--n", type=int, help="answers sampled per problem (toy 16; evaluation: 64)")
+                       "':train' and ':test' take a fixed part, ':1-3' these levels (toy: countdown, else math; evaluation: their held-out parts)")
+    group.add_argument("--n", type=int, help="answers sampled per problem (training 16, else 64)")
     group.add_argument("--temperature", type=float, help="sampling temperature, > 0 (default 1)")
     group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (toy 12, else 2048)")
     group.add_argument("--sampler", type=str, choices=("auto", "vllm", "hf"),
@@ -434,12 +438,11 @@ def ask(args: argparse.Namespace) -> None:
     """Print n answers to the question --ask, those that agree together and the most frequent first."""
     countdown = args.data.startswith("countdown")
     question = args.ask.strip().rstrip(":")
-    try:
-        problem = Problem("ask", f"{question}:" if countdown else question, question, "countdown" if countdown else "math")
-    except ValueError:
-        raise UserError(f"--ask is {args.ask!r}, but {args.model} plays Countdown: give four numbers 1 to 9 and a target, such as 2357=22") from None
     if not question:
         raise UserError("--ask is empty; give a question")
+    if countdown and not re.fullmatch(r"[1-9]{4}=[1-9][0-9]", question):
+        raise UserError(f"--ask is {args.ask!r}, but {args.model} plays Countdown: give four numbers 1 to 9 and a target 10 to 99, such as 2357=22")
+    problem = Problem("ask", f"{question}:" if countdown else question, question, "countdown" if countdown else "math")
     sampler, prompts = open_sampler(args, [problem])
     [rollouts] = sampler.generate(prompts, args.n, args.temperature, args.max_new_tokens, args.seed)
     groups: dict[str, list[str]] = {}

@@ -4,8 +4,9 @@
     python train.py --model Qwen2.5-Math-1.5B --k 4        the real thing
     python train.py --resume runs/x                        go on where a run stopped
 
-A step is: batch -> generate -> grade -> weigh -> update -> sync -> log. One on-policy update a step: no clipping, no
-ratio, no KL term, no value model. What is left out on purpose: multi-GPU, full fine-tuning, async sampling.
+A step is: batch -> generate -> grade -> weigh -> update -> sync -> log. One on-policy update a step: no PPO clipping, no
+ratio between updates (with vLLM one capped ratio of learner to sampler, --importance-cap), no KL term, no value model.
+What is left out on purpose: multi-GPU, full fine-tuning, async sampling.
 
 A run directory holds config.json (every setting), metrics.jsonl (a row a step), evals.jsonl (rewards of every
 evaluation), samples.jsonl (a few answers to read), step_000100/ (adapter, optimizer, state, SHA256SUMS) and figures.
@@ -368,7 +369,8 @@ class RunLog:
                        f"sync {row['sync_seconds'] / row['seconds']:.0%})")
 
     def evaluation(self, step: int, problems, groups, rewards) -> None:
-        for problem, group, values in list(zip(problems, groups, rewards))[:4]:
+        spread = slice(None, None, -(-len(problems) // 8))                     # eight problems at most, from all over the data
+        for problem, group, values in list(zip(problems, groups, rewards))[spread]:
             self._append("samples.jsonl", {
                 "step": step, "id": problem.id, "task": problem.task, "problem": problem.question, "answer": problem.answer,
                 "answers": [{"text": r.text, "finished": r.finished, "tokens": len(r.completion_ids), "reward": value}

@@ -228,6 +228,12 @@ def test_a_question_is_answered_n_times_and_answers_that_agree_are_counted_toget
     assert any(words[5] == "1" for words in lines)
 
 
+@pytest.mark.parametrize("question", ["22=2357", "235=22", "2357=220", "2357", "0123=22", "2357=22=1", "2+2"])
+def test_the_toy_is_asked_countdown_only(monkeypatch, question):
+    with pytest.raises(UserError, match="four numbers 1 to 9 and a target 10 to 99"):
+        run(monkeypatch, sample, "--ask", question)
+
+
 def test_an_answer_is_asked_of_a_chat_model_too(monkeypatch, capsys, tmp_path):
     save_model("llama", tmp_path)
     tokenizer = make_tokenizer()
