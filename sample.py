@@ -25,12 +25,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import policy
 import tasks
 from tasks import Problem, UserError
 
 ROW_TOKENS = 2**18          # prompt and answer tokens that transformers' generate holds in its cache at a time
+STAGE_TOKENS = 64           # after so many, transformers' generate lets finished answers go: they would be computed on to the longest one's end
 CPU_CACHE_BYTES = 2**30     # vLLM's cache on a machine without a GPU
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)     # what vLLM can be built for; a smaller adapter fits into a larger one
 
@@ -125,20 +127,36 @@ class HFSampler:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)                                                 # (P, L)
             cache = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
                                use_cache=True, logits_to_keep=1).past_key_values
-            if all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+            if _copies(cache):
                 cache.batch_repeat_interleave(n)
-            else:                       # linear attention's state cannot be copied so: read the prompt n times
-                cache = None
+            else:
+                cache = None            # read the prompt n times
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)                              # (P*n, L)
-        recorder = _Recorder(temperature)
-        self.settings.max_new_tokens = max_new_tokens
-        self.model.generation_config = self.settings
-        sequences = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
-                                        generation_config=self.settings, logits_processor=[recorder])      # (P*n, L + new)
-        logprobs = recorder.finish(sequences)                                                              # [P*n][new]
-        rollouts = [make_rollout(prompts[row // n], sequence, values, self.stops, self.tokenizer)
-                    for row, (sequence, values) in enumerate(zip(sequences[:, longest:].tolist(), logprobs))]
+        self.model.generation_config, self.settings.return_dict_in_generate = self.settings, True
+        rows, drawn, logprobs = list(range(len(ids))), [[] for _ in ids], [[] for _ in ids]                # rows: still unfinished
+        for made in range(0, max_new_tokens, STAGE_TOKENS):
+            recorder, known = _Recorder(temperature), ids.shape[1]
+            self.settings.max_new_tokens = min(STAGE_TOKENS, max_new_tokens - made)
+            stage = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
+                                        generation_config=self.settings, logits_processor=[recorder])
+            new = stage.sequences[:, known:]                                                               # (rows, new)
+            for row, tokens, values in zip(rows, new.tolist(), recorder.finish(stage.sequences)):
+                drawn[row] += tokens
+                logprobs[row] += values
+            on = [i for i, tokens in enumerate(new.tolist()) if not set(tokens) & set(self.stops)]
+            if not on:
+                break
+            rows, ids, mask = [rows[i] for i in on], stage.sequences[on], torch.cat([mask, torch.ones_like(new)], 1)[on]
+            cache = stage.past_key_values if _copies(stage.past_key_values) else None                      # None: read it all again
+            if cache is not None:
+                cache.batch_select_indices(torch.tensor(on, device=device))
+        rollouts = [make_rollout(prompts[row // n], *answer, self.stops, self.tokenizer) for row, answer in enumerate(zip(drawn, logprobs))]
         return [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
+
+
+def _copies(cache) -> bool:
+    """Can the cache's rows be copied and dropped? The state of linear attention cannot."""
+    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
 class _Recorder(LogitsProcessor):

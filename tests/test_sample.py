@@ -54,8 +54,9 @@ def probabilities(model, ids, temperature):
 # ---------------------------------------------------------------- 1. the distribution
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-@pytest.mark.parametrize("prompt", [(4, 5, 6, 7), (9,)])
-def test_frequencies_are_those_of_the_full_softmax(sampler_of, temperature, prompt):
+@pytest.mark.parametrize("prompt, stage", [((4, 5, 6, 7), 64), ((9,), 1)])
+def test_frequencies_are_those_of_the_full_softmax(sampler_of, monkeypatch, temperature, prompt, stage):
+    monkeypatch.setattr(sample, "STAGE_TOKENS", stage)
     sampler, n = sampler_of(), 20_000
     expected = {}                                                 # completion of at most two tokens -> chance
     with torch.no_grad():
@@ -75,8 +76,9 @@ def test_frequencies_are_those_of_the_full_softmax(sampler_of, temperature, prom
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("n, temperature", [(1, 1.0), (6, 0.7)])
-def test_log_probabilities_are_the_learners_whatever_the_padding(sampler_of, kind, n, temperature):
+@pytest.mark.parametrize("n, temperature, stage", [(1, 1.0, 64), (6, 0.7, 64), (6, 1.0, 3)])
+def test_log_probabilities_are_the_learners_whatever_the_padding(sampler_of, monkeypatch, kind, n, temperature, stage):
+    monkeypatch.setattr(sample, "STAGE_TOKENS", stage)
     sampler = sampler_of(kind)
     groups = sampler.generate(PROMPTS, n, temperature, 12, seed=0)
     rollouts = [rollout for group in groups for rollout in group]
@@ -98,10 +100,24 @@ def test_many_small_batches_are_as_good_as_one(sampler_of, monkeypatch, row_toke
     assert [r.completion_ids for r in first] != [r.completion_ids for r in last]
 
 
+def test_finished_answers_leave_and_the_others_go_on_as_if_nothing_had_happened(sampler_of, monkeypatch):
+    often, calls = sampler_of().generate(PROMPTS, 1, 1e-5, 12, seed=0)[0][0].completion_ids[4], []
+    sampler = sampler_of(eos_token_id=[1, often])
+    whole = sampler.generate(PROMPTS, 3, 1e-5, 12, seed=0)        # so cold that chance decides nothing
+    generate = sampler.model.generate
+    monkeypatch.setattr(sampler.model, "generate", lambda **given: calls.append(len(given["input_ids"])) or generate(**given))
+    monkeypatch.setattr(sample, "STAGE_TOKENS", 2)
+    assert [[r.completion_ids for r in group] for group in sampler.generate(PROMPTS, 3, 1e-5, 12, seed=0)] == [
+        [r.completion_ids for r in group] for group in whole]
+    ends = sorted(len(r.completion_ids) if r.finished else 99 for group in whole for r in group)
+    assert calls == [sum(end > done for end in ends) for done in range(0, 12, 2) if ends[-1] > done] and calls[0] > calls[-1]
+
+
 # ---------------------------------------------------------------- 2. one rollout
 
-@pytest.mark.parametrize("stops", [1, [1, 5]])
-def test_a_rollout_ends_with_an_end_token_iff_it_finished(sampler_of, stops):
+@pytest.mark.parametrize("stops, stage", [(1, 64), ([1, 5], 64), ([1, 5], 4)])
+def test_a_rollout_ends_with_an_end_token_iff_it_finished(sampler_of, monkeypatch, stops, stage):
+    monkeypatch.setattr(sample, "STAGE_TOKENS", stage)
     sampler = sampler_of(eos_token_id=stops)
     ends, rollouts = {1, 5} if stops != 1 else {1}, [r for g in sampler.generate(PROMPTS, 40, 1.0, 9, seed=0) for r in g]
     assert {r.finished for r in rollouts} == {True, False} and {r.completion_ids[-1] for r in rollouts if r.finished} == ends
