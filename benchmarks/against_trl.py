@@ -44,6 +44,8 @@ def start_model(work: dict):
     problems = tasks.load_problems(work["data"])
     prompts = sample.encode_prompts(problems, tokenizer, sample.context_length(model.config), work["answer"])
     model = policy.add_lora(model, RANK, ALPHA, seed=0)
+    if work["recompute"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(1)
     for parameter in policy.trainable(model).values():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -109,7 +111,8 @@ def step_ours(work: dict) -> dict:
         flags = {"model": work["model"], "data": work["data"], "prompts": work["prompts"], "n": work["n"], "max-new-tokens": work["answer"], "k": 4,
                  "dtype": "float32", "sampler": "hf", "lora-rank": RANK, "lora-alpha": ALPHA, "lr": LR, "steps": work["rounds"] + 1, "limit": 1,
                  "eval-n": 2, "save-every": 1000, "micro-batch-tokens": work["rows"] * (longest + work["answer"]), "run": f"{folder}/run"}
-        train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--no-gradient-checkpointing"])
+        train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]
+                   + ["--gradient-checkpointing" if work["recompute"] else "--no-gradient-checkpointing"])
         rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()][1:]
     return {"seconds": [row["seconds"] for row in rows], "peak_gb": peak_gb() - before, "tokens": statistics.mean(row["completion_tokens"] for row in rows)}
 
@@ -149,7 +152,7 @@ def trl_trainer(work: dict, model, tokenizer, rows: list[dict], reward, k: int, 
             output_dir=folder, num_generations=work["n"], per_device_train_batch_size=work["rows"], max_steps=work["rounds"] + 1,
             gradient_accumulation_steps=samples // work["rows"], max_completion_length=work["answer"], learning_rate=LR, lr_scheduler_type="constant",
             adam_beta2=0.95, max_grad_norm=0.0 if work["mode"] == "learn" else 1.0, loss_type="luspo", scale_rewards="none", use_cpu=True, bf16=False,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=10**6, disable_tqdm=True, shuffle_dataset=False, seed=0)
+            gradient_checkpointing=work["recompute"], gradient_checkpointing_kwargs={"use_reentrant": False}, report_to="none", save_strategy="no", logging_steps=10**6, disable_tqdm=True, shuffle_dataset=False, seed=0)
         trainer = Timed(model, reward, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Watch()], k=k, **others)
         trainer.train()
     return steps
@@ -228,6 +231,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=12)
     parser.add_argument("--rows", type=int, help="answers in one forward and backward, for both (default: all of a step)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="both run layers again in the backward pass, as both do by default")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each process (default 5)")
     parser.add_argument("--turns", type=int, default=2, help="processes of each, in turn (default 2: A B A B)")
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl/bin/python", help="TRL's environment (default .venv-trl)")
@@ -248,7 +252,7 @@ def main() -> None:
     print("work                       seconds: ours      TRL   TRL / ours    peak GiB: ours     TRL   TRL / ours   gradients differ by   tokens")
     for mode, share in (("learn", 1.0), ("learn", 0.25), ("step", 0.25)):
         work = {"mode": mode, "share": share, "model": args.model, "data": args.data, "prompts": args.prompts, "n": args.n, "answer": args.max_new_tokens,
-                "rows": rows, "rounds": args.rounds}
+                "rows": rows, "rounds": args.rounds, "recompute": args.gradient_checkpointing}
         table.append(row := compare(work, pythons, args.turns))
         gap = f"{row['gradient_gap']:.1e}" if mode == "learn" else "-"
         print(f"{mode}, {share:4.0%} with a weight {row['ours']['seconds']:14.3f} {row['trl']['seconds']:8.3f} {row['time_ratio']:12.2f} "
