@@ -425,9 +425,9 @@ def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: in
 
     num_samples: P * n of the whole step, the one normaliser. importance_cap > 0 multiplies each token's weight by
     min(learner's / sampler's probability, cap), for a sampler whose arithmetic differs a little (vLLM); 0 is exactly
-    on-policy. Returns grad_norm (before clipping at max_grad_norm; 0 if
-    every weight is 0: then nothing is changed), learned_tokens, and the gap |sampler - learner| of the
-    log-probabilities in nats, mean and maximum over the learned tokens (None without any).
+    on-policy. Returns grad_norm (before clipping at max_grad_norm; 0 if every weight is 0: then nothing is changed),
+    learned_tokens, and the gap |sampler - learner| of the log-probabilities in nats, mean and maximum over the learned
+    tokens (None without any).
     Raises BadNumbers, with the parameters untouched, if a log-probability, the loss or the gradient is not finite.
     """
     kept = [i for i, weight in enumerate(weights.tolist()) if weight != 0]

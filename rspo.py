@@ -83,14 +83,14 @@ def max_at_k_weights(rewards, k: int) -> Tensor:
     """RSPO weight of each sample for Max@k: W_i = k * mean_S max(R_i - max_S R, 0), from (2).
 
     rewards (..., n) real -> (..., n). S runs over the (k-1)-subsets of the other samples; at k = 1
-    there are none, and W_i = R_i. Raising
-    the bar one sorted reward at a time, sample i gains each step below its own reward exactly
-    when S lies wholly below that step:
+    there are none, and W_i = R_i. Raising the bar one sorted reward at a time, sample i gains each
+    step below its own reward exactly when S lies wholly below that step:
 
         W_(i) = k * sum_{j=0}^{i-1} (r_(j+1) - r_(j)) * s_j,   s_j = C(j, k-1) / C(n-1, k-1),  r_(0) := 0
 
     Every term but the first is >= 0 (no cancellation), equal rewards need no rule, and k = 1, where
-    all s_j are 1, gives W_i = R_i (float32 rewards: to the bit). On 0/1 rewards it equals `pass_at_k_weights`. One sort: O(n log n).
+    all s_j are 1, gives W_i = R_i (float32 rewards: to the bit). On 0/1 rewards it equals
+    `pass_at_k_weights`. One sort: O(n log n).
 
     >>> max_at_k_weights([0.1, 0.5, 0.2, 1.0], k=2)   # the best beats .1, .2, .5 by .9, .8, .5
     tensor([0.0000, 0.4667, 0.0667, 1.4667], dtype=torch.float64)
@@ -115,7 +115,8 @@ def leave_one_out_weights(rewards, k: int) -> Tensor:
         W_i - b_i = n / (n - k) * (S_i - mean S),    S_(i) = const + k * sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * s_{j-1}
 
     An answer is above average if the teams of k that it plays in are. At k = 1 this is RLOO, and saves
-    the most variance; the larger k, the less a baseline has left to save. Raises ValueError on bad rewards, or unless 1 <= k <= n - 1.
+    the most variance; the larger k, the less a baseline has left to save. Raises ValueError on bad
+    rewards, or unless 1 <= k <= n - 1.
     """
     rewards = _checked(rewards, k)
     n = rewards.shape[-1]
@@ -124,9 +125,9 @@ def leave_one_out_weights(rewards, k: int) -> Tensor:
     _warn_of_few_levels(n, k)
     ascending, order = rewards.sort(dim=-1)                                # (..., n)
     s = _subset_chance(n - 1, k - 1, rewards.device)                       # (n,)
-    shared = k * (ascending.diff(dim=-1) * s[:-1]).cumsum(-1)              # (..., n-1)  S_(2..n) - S_(1)
-    shared = torch.cat([torch.zeros_like(ascending[..., :1]), shared], -1) # (..., n)    S - S_(1)
-    centred = shared - shared.mean(-1, keepdim=True)                       # (..., n)    S - mean S
+    steps = ascending.diff(dim=-1, prepend=ascending[..., :1])             # (..., n)  the first is 0
+    shared = k * (steps * s.roll(1)).cumsum(-1)                            # (..., n)  S - S_(1)
+    centred = shared - shared.mean(-1, keepdim=True)                       # (..., n)  S - mean S
     return _unsort(n / (n - k) * centred, order)                           # (..., n)
 
 

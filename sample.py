@@ -94,7 +94,7 @@ class HFSampler:
         self.model, self.tokenizer, self.stops = model, tokenizer, stop_ids(model.generation_config, tokenizer)
         self.pad = self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id      # any will do: never looked at
         # Replaces the checkpoint's own settings, which may hold a top-k, a top-p or a repetition penalty.
-        self.settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        self.settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, return_dict_in_generate=True,
                                          eos_token_id=self.stops, pad_token_id=self.pad)
 
     def sync(self, adapter_dir: Path, version: int) -> None:
@@ -132,7 +132,7 @@ class HFSampler:
             else:
                 cache = None            # read the prompt n times
         ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)                              # (P*n, L)
-        self.model.generation_config, self.settings.return_dict_in_generate = self.settings, True
+        self.model.generation_config = self.settings
         rows, drawn, logprobs = list(range(len(ids))), [[] for _ in ids], [[] for _ in ids]                # rows: still unfinished
         for made in range(0, max_new_tokens, STAGE_TOKENS):
             recorder, known = _Recorder(temperature), ids.shape[1]
@@ -144,10 +144,11 @@ class HFSampler:
                 drawn[row] += tokens
                 logprobs[row] += values
             on = [i for i, tokens in enumerate(new.tolist()) if not set(tokens) & set(self.stops)]
-            if not on:
+            if not on or made + STAGE_TOKENS >= max_new_tokens:
                 break
             rows, ids, mask = [rows[i] for i in on], stage.sequences[on], torch.cat([mask, torch.ones_like(new)], 1)[on]
             cache = stage.past_key_values if _copies(stage.past_key_values) else None                      # None: read it all again
+            del stage                                                                                      # and its cache
             if cache is not None:
                 cache.batch_select_indices(torch.tensor(on, device=device))
         rollouts = [make_rollout(prompts[row // n], *answer, self.stops, self.tokenizer) for row, answer in enumerate(zip(drawn, logprobs))]
@@ -156,7 +157,7 @@ class HFSampler:
 
 def _copies(cache) -> bool:
     """Can the cache's rows be copied and dropped? The state of linear attention cannot."""
-    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    return cache is not None and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
 class _Recorder(LogitsProcessor):
@@ -460,17 +461,21 @@ def ask(args: argparse.Namespace) -> None:
         raise UserError("--ask is empty; give a question")
     if countdown and not re.fullmatch(r"[1-9]{4}=[1-9][0-9]", question):
         raise UserError(f"--ask is {args.ask!r}, but {args.model} plays Countdown: give four numbers 1 to 9 and a target 10 to 99, such as 2357=22")
-    problem = Problem("ask", f"{question}:" if countdown else question, question, "countdown" if countdown else "math")
+    problem = Problem("ask", f"{question}:" if countdown else question, question, args.data.split(":")[0] if countdown else "math")
     sampler, prompts = open_sampler(args, [problem])
     [rollouts] = sampler.generate(prompts, args.n, args.temperature, args.max_new_tokens, args.seed)
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
-        groups.setdefault(tasks.vote(rollout.text) if rollout.finished else "(cut off)", []).append(rollout.text)
+        groups.setdefault(tasks.vote(rollout.text) if rollout.finished else "(cut off)", []).append(rollout)
     ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
-    for answer, texts in ranked:
-        print(f"{len(texts):>4d} of {args.n}   {answer[:200]}" + (f"   reward {tasks.grade_countdown(texts[0], question):g}" if countdown else ""))
+    for answer, agreeing in ranked:
+        reward = ""
+        if countdown:
+            [[value]] = tasks.grade_all([problem], [[(agreeing[0].text, agreeing[0].finished)]])
+            reward = f"   reward {value:.3g}"
+        print(f"{len(agreeing):>4d} of {args.n}   {answer[:200]}{reward}")
     if not countdown:
-        print(f"\none of the {len(ranked[0][1])} that agree on {ranked[0][0][:200]}:\n\n{ranked[0][1][0]}")
+        print(f"\none of the {len(ranked[0][1])} that agree on {ranked[0][0][:200]}:\n\n{ranked[0][1][0].text}")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ step; peak memory is what a process held at most beyond what it held before load
 
 import argparse
 import json
+import os
 import random
 import resource
 import statistics
@@ -196,7 +197,8 @@ CHILDREN = {("ours", "learn"): learn_ours, ("ours", "step"): step_ours, ("trl", 
 
 def child(python: str, who: str, work: dict) -> dict:
     command = [python, __file__, "--child", json.dumps({"who": who, **work})]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})           # both on the CPU, where there is a GPU too
     if done.returncode:
         sys.exit(f"{who}, {work['mode']} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

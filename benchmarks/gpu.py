@@ -35,23 +35,24 @@ def make_model(shape: str) -> Path:
         from transformers import AutoModelForCausalLM, Qwen2Config
 
         import policy
-        torch.manual_seed(0)
-        with torch.device(policy.pick_device()):
-            model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPES[shape], vocab_size=VOCABULARY, tie_word_embeddings=True), dtype=torch.bfloat16)
+        torch.manual_seed(0)            # on the CPU: the GPU is the children's
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPES[shape], vocab_size=VOCABULARY, tie_word_embeddings=True), dtype=torch.bfloat16)
         model.save_pretrained(folder)
         policy.load_tokenizer("toy").save_pretrained(folder)
     return folder
 
 
 def matmul_flops(torch, device: str, dtype) -> float:
-    """FLOPs a second of a large square matrix product: the median of five."""
-    size = 8192 if device == "cuda" else 2048
-    a, taken = torch.randn(size, size, device=device, dtype=dtype), []
-    for _ in range(6):
+    """FLOPs a second of large square matrix products, many in a row, after as many to warm up."""
+    size, count = (8192, 300) if device == "cuda" else (2048, 5)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(2):
         begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        taken.append(time.perf_counter() - begin)
-    return 2 * size**3 / statistics.median(taken[1:])
+        for _ in range(count):
+            product = a @ a
+        product[0, 0].item()            # waits for all of them
+        taken = time.perf_counter() - begin
+    return count * 2 * size**3 / taken
 
 
 def measure(folder: str, tokens: int, batch_tokens: int, rounds: int, recompute: bool, four_bit: bool) -> dict:
@@ -95,11 +96,11 @@ def measure(folder: str, tokens: int, batch_tokens: int, rounds: int, recompute:
     with torch.profiler.profile(activities=[kind]) as profile:
         update()
     spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in profile.key_averages()}
-    slowest = sorted(spent, key=spent.get, reverse=True)[:6]
+    slowest, total = sorted(spent, key=spent.get, reverse=True)[:6], sum(spent.values()) or 1       # 0: the GPU's profiler is locked
     return {"tokens": tokens, "rows": rows, "seconds": seconds, "tokens_per_s": rows * tokens / seconds, "flops_per_s": flops / seconds,
             "of_matmul": flops / seconds / matmul, "matmul_flops_per_s": matmul, "peak_gb": measured / 2**30, "estimate_gb": estimate / 2**30,
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "kernels": {name[:90]: spent[name] / sum(spent.values()) for name in slowest}}
+            "kernels": {name[:90]: spent[name] / total for name in slowest}}
 
 
 def main() -> None:

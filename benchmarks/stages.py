@@ -1,6 +1,6 @@
 """What does it bring to let finished answers go? The transformers sampler, in turn with stages of several lengths and in one go.
 
-    python benchmarks/stages.py --model runs/smollm2 --data gsm8k_test.jsonl          after benchmarks/smollm2.py
+    python benchmarks/stages.py --model runs/smollm2 --data gsm8k-test          after benchmarks/smollm2.py
 
 After each stage of so many tokens the answers that have ended leave the batch; in one go they are computed on, as padding, to the
 end of the longest. Same seed, so the same work up to the random numbers. Medians over --rounds, in turn. Writes --out as JSON.

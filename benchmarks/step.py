@@ -1,81 +1,59 @@
-"""Where does a step's time go? Both samplers on the same prompts, then whole training steps with each.
+"""Where does a step's time go? Training steps with each sampler, by train.py's own log.
 
     .venv-vllm/bin/python benchmarks/step.py                                       the toy
     .venv-vllm/bin/python benchmarks/step.py --model runs/smollm2 --data runs/sums.jsonl --prompts 8    after benchmarks/smollm2.py
 
-Sampling is taken in turn, A B A B, and its medians compared. The parts of a step are those that train.py logs, medians
-without the first step. Where vLLM is not installed, the transformers sampler alone is measured. Writes --out as JSON.
+Each run is a process of its own (a peak never goes down, and vLLM keeps its share of a GPU); the samplers take turns, A B A B, and
+the medians are over all their steps but each run's first. Without vLLM the transformers sampler alone is measured. Writes --out as JSON.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample
-import tasks
-import train
-
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("sample", "grade", "learn", "sync")
 
 
-def samplers_of(flags: list[str]) -> list[str]:
-    try:
-        sample.pick_sampler("vllm")
-    except tasks.UserError:
-        return ["hf"]
-    return ["hf", "vllm"]
-
-
-def sampling(flags: list[str], names: list[str], rounds: int = 3) -> dict:
-    """Completion tokens a second of each sampler, median over rounds; the first call of each is a warm-up."""
-    worlds = {}
-    for name in names:
-        args = train.parse_flags([*flags, "--sampler", name])
-        problems = tasks.load_problems(args.data, args.prompts)
-        worlds[name] = args, *sample.open_sampler(args, problems)
-        worlds[name][1].generate(worlds[name][2][:2], 2, 1.0, args.max_new_tokens, 0)
-    speeds = {name: [] for name in names}
-    for i in range(rounds):
-        for name, (args, sampler, prompts) in worlds.items():
-            begin = time.perf_counter()
-            groups = sampler.generate(prompts, args.n, args.temperature, args.max_new_tokens, seed=(i + 1) * 10**6)
-            tokens = sum(len(rollout.completion_ids) for group in groups for rollout in group)
-            speeds[name].append(tokens / (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in speeds.items()}
-
-
-def steps(flags: list[str], name: str, count: int) -> dict:
-    """Median seconds of each part of a step, by train.py's own log."""
+def steps(flags: list[str], sampler: str, count: int) -> list[dict]:
+    """Rows of metrics.jsonl of a run of that many steps behind a first one."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        train.main([*flags, "--sampler", name, "--steps", str(count), "--limit", "2", "--eval-n", "4", "--save-every", "1000", "--run", str(run)])
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
-    return {part: statistics.median(row[f"{part}_seconds"] for row in rows) for part in PARTS} | {"peak_memory_gb": rows[-1]["peak_memory_gb"]}
+        command = [sys.executable, str(ROOT / "train.py"), *flags, "--sampler", sampler, "--steps", str(count + 1), "--limit", "2", "--eval-n", "4",
+                   "--save-every", "1000", "--run", f"{folder}/run"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"step.py: {sampler}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        return [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()][1:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/step.json"))
     args, flags = parser.parse_known_args()             # every other flag is train.py's
-    names = samplers_of(flags)
-    rows = {name: steps(flags, name, args.steps) for name in names}
-    speeds = sampling(flags, names)
-    print("\nsampler   tokens/s   seconds a step = sample + grade + learn + sync    sync's share   peak GiB")
-    for name, row in rows.items():
-        total = sum(row[part] for part in PARTS)
-        print(f"{name:<7s} {speeds[name]:10.0f} {total:14.3f}   " + "".join(f"{row[part]:9.3f}" for part in PARTS)
-              + f"{row['sync'] / total:14.1%} {row['peak_memory_gb']:10.2f}")
-    if len(names) == 2:
-        print(f"vllm / hf, tokens/s side by side: {speeds['vllm'] / speeds['hf']:.2f}")
+    rows = {name: [] for name in (("hf", "vllm") if importlib.util.find_spec("vllm") else ("hf",))}
+    for _ in range(args.rounds):
+        for name in rows:
+            rows[name] += steps(flags, name, args.steps)
+    table = {}
+    print("sampler   tokens/s   seconds a step = sample + grade + learn + sync    sync's share   peak GiB")
+    for name, own in rows.items():
+        row = {column: statistics.median(each[column] for each in own) for column in ("sample_tokens_per_s", *(f"{part}_seconds" for part in PARTS))}
+        table[name] = row = row | {"peak_memory_gb": max(each["peak_memory_gb"] for each in own)}
+        total = sum(row[f"{part}_seconds"] for part in PARTS)
+        print(f"{name:<7s} {row['sample_tokens_per_s']:10.0f} {total:14.3f}   " + "".join(f"{row[f'{part}_seconds']:9.3f}" for part in PARTS)
+              + f"{row['sync_seconds'] / total:14.1%} {row['peak_memory_gb']:10.2f}")
+    if len(rows) == 2:
+        print(f"vllm / hf, tokens/s side by side: {table['vllm']['sample_tokens_per_s'] / table['hf']['sample_tokens_per_s']:.2f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"flags": flags, "steps": rows, "tokens_per_s": speeds}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"flags": flags, "samplers": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sample.run_script(main)
+    main()

@@ -244,6 +244,13 @@ def test_a_question_is_answered_n_times_and_answers_that_agree_are_counted_toget
     assert any(words[5] == "1" for words in lines)
 
 
+def test_a_cut_off_answer_to_a_question_earns_nothing_however_right(monkeypatch, capsys):
+    right = sample.Rollout((5,), (6,), (0.0,), "9+9+9+9", False)                    # no end token
+    monkeypatch.setattr(sample.HFSampler, "generate", lambda *args: [[right, right]])
+    run(monkeypatch, sample, "--ask", "9999=36", "--n", 2)
+    assert capsys.readouterr().out.split() == "2 of 2 (cut off) reward 0".split()
+
+
 @pytest.mark.parametrize("question", ["22=2357", "235=22", "2357=220", "2357", "0123=22", "2357=22=1", "2+2"])
 def test_the_toy_is_asked_countdown_only(monkeypatch, question):
     with pytest.raises(UserError, match="four numbers 1 to 9 and a target 10 to 99"):
