@@ -122,7 +122,7 @@ class Grid:
         own = [text for name, value in (setting | {"seed": seed}).items() for text in (f"--{name}", str(value))]
         return [*self.flags, *own, "--run", str(self.folder / "cells" / self.cell(setting, seed))]
 
-    def finished(self) -> dict[str, dict]:
+    def last_rows(self) -> dict[str, dict]:
         """Cell -> its last line in cells.jsonl."""
         path = self.folder / "cells.jsonl"
         rows = map(json.loads, tasks.read_lines(path)[:-1] if path.exists() else [])
@@ -188,14 +188,13 @@ def run_cells(grid: Grid, settings: list[dict]) -> None:
     """Run the missing cells of settings x seeds, each in its own process; a cell that fails is noted, the others go on."""
     cells = {grid.cell(setting, seed): grid.argv(setting, seed) for seed in grid.seeds for setting in settings}
     lines = grid.folder / "cells.jsonl"
-    lines.write_text("".join(json.dumps(row) + "\n" for row in grid.finished().values()))      # without half a line
-    finished = {name for name, row in grid.finished().items() if row["failed"] is None}
+    lines.write_text("".join(json.dumps(row) + "\n" for row in grid.last_rows().values()))      # without half a line
+    finished = {name for name, row in grid.last_rows().items() if row["failed"] is None}
     waiting = [name for name in cells if name not in finished]
     workers = (os.cpu_count() or 1) if grid.toy else 1              # a toy cell takes one core, a real model the machine
     if grid.toy:
         os.environ["OMP_NUM_THREADS"] = "1"
-    fork = "forkserver" in multiprocessing.get_all_start_methods()  # everywhere but on Windows
-    context = multiprocessing.get_context("forkserver" if fork else "spawn")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])                       # imported once, not once a cell
     running: dict[int, tuple] = {}                                  # sentinel -> process, name, start
 
@@ -251,7 +250,7 @@ class Result:
 
 def read_result(grid: Grid, setting: dict) -> Result:
     values, metrics, failed, ks = {}, {}, [], ()
-    rows = grid.finished()
+    rows = grid.last_rows()
     for seed in grid.seeds:
         name = grid.cell(setting, seed)
         run = grid.folder / "cells" / name
@@ -280,10 +279,10 @@ def interval(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval over S seeds; NaN for one."""
-    mean, half = torch.tensor(values, dtype=torch.float64), float("nan")
+    spread, half = torch.tensor(values, dtype=torch.float64), float("nan")             # (S,)
     if len(values) > 1:
-        half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * mean.std().item() / len(values) ** 0.5
-    return mean.mean().item(), half
+        half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * spread.std().item() / len(values) ** 0.5
+    return spread.mean().item(), half
 
 
 def level(result: Result) -> tuple[Tensor, Tensor]:

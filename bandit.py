@@ -141,7 +141,7 @@ def alignment(ks: tuple[int, ...], bandit: Bandit = HIDDEN_TYPES) -> Tensor:
 def compare_estimators(ks: tuple[int, ...], rates: tuple[float, ...], n: int) -> dict[str, Tensor]:
     """For each estimator (len(ks), len(rates), 3): its mean, its variance and the true gradient.
 
-    All of the right action's logit, at success rate w in `rates`, exactly, over all 2^n outcomes.
+    Mean and truth of the right action's logit, variance in total, at success rate w in `rates`, over all 2^n outcomes.
     """
     rewards = RIGHT_OR_WRONG.reward[0][all_outcomes(2, n)]            # (O, n)
     tables = {}
@@ -210,7 +210,7 @@ def main() -> None:
         print(f"  {name:19s} |" + "".join(f"{ratio:9.3g}" for ratio in table[-1, :, 0] / table[-1, :, 2]))
 
     print(f"\n3. Noise: variance of the gradient estimate relative to RSPO's, mean over the same w, n = {n}\n"
-          "   (two actions share one logit here; in a language model, whose answers overlap less, the ratios differ)")
+          "   (with two actions all answers overlap; in a language model they overlap less, and the ratios differ)")
     print("  k                   |" + "".join(f"{k:8d}" for k in noise_ks))
     for name in ("RSPO", "RSPO, leave-one-out", "group maximum"):
         ratio = tables[name][..., 1].mean(1) / tables["RSPO"][..., 1].mean(1)

@@ -1,7 +1,7 @@
 """pass@k and max@k curves with 95 % intervals, of models, runs or samples files, in one table and one figure.
 
     python evaluate.py                                     the toy model on held-out Countdown problems
-    python evaluate.py --model toy runs/x                  before and after, and the difference problem by problem
+    python evaluate.py --model toy runs/x                  before and after, and their paired difference
     python evaluate.py --model samples.jsonl               what sample.py wrote, graded anew
     python evaluate.py --model Qwen2.5-Math-1.5B --data math500,aime2024,amc2023,minerva,olympiadbench
 
@@ -95,11 +95,11 @@ def interval(values: Tensor) -> tuple[Tensor, Tensor]:
 def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
     """Shared ks, mean of after - before problem by problem, half width; None if they share no problems or no k."""
     ks = tuple(k for k in after.ks if k in before.ks)
-    rows = {problem: i for i, problem in enumerate(before.problems)}
-    shared = [(i, rows[problem]) for i, problem in enumerate(after.problems) if problem in rows]
+    row_of = {problem: i for i, problem in enumerate(before.problems)}
+    shared = [(i, row_of[problem]) for i, problem in enumerate(after.problems) if problem in row_of]
     if not ks or not shared or after.metric != before.metric:
         return None
-    a, b = (torch.tensor(rows) for rows in zip(*shared))
+    a, b = map(torch.tensor, zip(*shared))
     pick = lambda curve, rows: curve.values[rows][:, [curve.ks.index(k) for k in ks]]          # (M', K')
     return ks, *interval(pick(after, a) - pick(before, b))
 

@@ -5,7 +5,7 @@ The learner is exactly on-policy: log-probabilities are those of the distributio
 the number of all its samples, so the gradient does not depend on how the step is cut into micro-batches.
 
 A "rollout" here is anything with prompt_ids, completion_ids and logprobs (see `sample.Rollout`).
-Shapes: B rows of a micro-batch, L its longest row, D hidden size, V vocabulary, N completion tokens of all rows.
+Shapes: B rows given to a function, L the longest one, D hidden size, V vocabulary, N completion tokens of all rows.
 """
 
 import hashlib
@@ -177,8 +177,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None, traina
         if info["missing_keys"]:        # transformers would fill them with random numbers
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]} and {len(info['missing_keys']) - 1} more")
     model.requires_grad_(False)
-    for module in model.modules():      # on some CPUs bitsandbytes would swap in another layout: without gradient, rounded again
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):           # bitsandbytes would swap in a layout without gradient, rounded again
             module.support_avx512bf16_for_cpu = False
         if isinstance(getattr(module, "dropout", None), float):     # of a whole layer (OPT); what is sampled is what is learned
             module.dropout = 0.0
@@ -240,7 +240,7 @@ def check_head(model) -> None:
 
 
 def add_lora(model, rank: int, alpha: int, seed: int) -> PeftModel:
-    """The model with a fresh fp32 LoRA adapter on every linear layer but the head; dropout 0, B = 0.
+    """The model with a fresh fp32 LoRA adapter on every linear layer but the head; dropout 0, its second factor 0.
 
     At the start the adapter changes nothing: `model.disable_adapter()` is the reference model at any time.
     """
@@ -346,9 +346,8 @@ def learning_bytes(model, tokens: int) -> dict[str, int]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = _backbone_and_head(model)[0](input_ids=torch.zeros(1, length, dtype=torch.long, device=model.device),
-                                                  use_cache=False).last_hidden_state                # (1, L, D)
-        return sum(size for size, _ in storages.values()) + 0 * len(output)
+            _backbone_and_head(model)[0](input_ids=torch.zeros(1, length, dtype=torch.long, device=model.device), use_cache=False)
+        return sum(size for size, _ in storages.values())
 
     def per_token() -> float:
         return max(0.0, (kept(192) - kept(64)) / 128)
@@ -424,8 +423,8 @@ def update(model, optimizer, rollouts: list, weights: Tensor, *, num_samples: in
     """One policy-gradient step on rollouts [B] with weights (B,). Rows of weight 0 have no gradient and are left out.
 
     num_samples: P * n of the whole step, the one normaliser. importance_cap > 0 multiplies each token's weight by
-    min(learner's / sampler's probability, cap), for a sampler whose arithmetic differs a little (vLLM); 0 is exactly
-    on-policy. Returns grad_norm (before clipping at max_grad_norm; 0 if every weight is 0: then nothing is changed),
+    min(learner's / sampler's probability, cap), for a sampler whose arithmetic differs a little (vLLM); 0 leaves
+    the ratio out. Returns grad_norm (before clipping at max_grad_norm; 0 if every weight is 0: then nothing is changed),
     learned_tokens, and the gap |sampler - learner| of the log-probabilities in nats, mean and maximum over the learned
     tokens (None without any).
     Raises BadNumbers, with the parameters untouched, if a log-probability, the loss or the gradient is not finite.
@@ -503,7 +502,7 @@ def save_checkpoint(run: Path, step: int, model: PeftModel, optimizer, state: di
         os.replace(unfinished, final)
         _flush(run)
     older = [folder for folder in checkpoints(run) if int(folder.name[5:]) < step]
-    for folder in older[:len(older) - keep + 1] if keep else []:
+    for folder in older[:max(0, len(older) - keep + 1)] if keep else []:
         os.replace(folder, rubbish := folder.with_name(f".{folder.name}.unfinished"))       # never half of one under its name
         shutil.rmtree(rubbish, ignore_errors=True)
     return final

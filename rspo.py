@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 
-# ---------------------------------------------------------------- how good is a group: the metrics
+# ---------------------------------------------------------------- how good are n answers: the metrics
 
 def pass_at_k(rewards, k: int) -> Tensor:
     """Unbiased estimate of Pass@k, the chance that at least one of k answers is right.
@@ -49,7 +49,8 @@ def max_at_k(rewards, k: int) -> Tensor:
     """Unbiased estimate of Max@k, the expected best reward of k answers.
 
     rewards (..., n) real -> (...). The mean over k-subsets of the subset's maximum,
-    sum_i r_(i) C(i-1, k-1) / C(n, k): r_(i) is the maximum where the k - 1 others rank below it.
+    sum_i r_(i) C(i-1, k-1) / C(n, k): r_(i), the i-th lowest, is the maximum where the k - 1
+    others rank below it.
     On 0/1 rewards it equals `pass_at_k`. Raises ValueError on bad rewards or k.
     """
     rewards = _checked(rewards, k)
@@ -110,9 +111,9 @@ def leave_one_out_weights(rewards, k: int) -> Tensor:
     """RSPO weights minus a baseline, W_i - b_i, with b_i the mean weight of the others among themselves.
 
     rewards (..., n) real -> (..., n); needs k <= n - 1. b_i never sees y_i, so nothing is biased. No loop:
-    with S_i the mean, over k-subsets that hold i, of the subset's maximum, times k,
+    with U_i = k times the mean maximum of the k-subsets that hold i, and s_j as in `max_at_k_weights`,
 
-        W_i - b_i = n / (n - k) * (S_i - mean S),    S_(i) = const + k * sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * s_{j-1}
+        W_i - b_i = n / (n - k) * (U_i - mean U),    U_(i) = const + k * sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * s_{j-1}
 
     An answer is above average if the teams of k that it plays in are. At k = 1 this is RLOO, and saves
     the most variance; the larger k, the less a baseline has left to save. Raises ValueError on bad
@@ -126,8 +127,8 @@ def leave_one_out_weights(rewards, k: int) -> Tensor:
     ascending, order = rewards.sort(dim=-1)                                # (..., n)
     s = _subset_chance(n - 1, k - 1, rewards.device)                       # (n,)
     steps = ascending.diff(dim=-1, prepend=ascending[..., :1])             # (..., n)  the first is 0
-    shared = k * (steps * s.roll(1)).cumsum(-1)                            # (..., n)  S - S_(1)
-    centred = shared - shared.mean(-1, keepdim=True)                       # (..., n)  S - mean S
+    shared = k * (steps * s.roll(1)).cumsum(-1)                            # (..., n)  U - U_(1)
+    centred = shared - shared.mean(-1, keepdim=True)                       # (..., n)  U - mean U
     return _unsort(n / (n - k) * centred, order)                           # (..., n)
 
 

@@ -4,7 +4,7 @@
     python sample.py --model runs/x --n 64 --out samples.jsonl     a trained run; then: python evaluate.py --model samples.jsonl
 
 A sampler draws from softmax(logits / temperature) over the whole vocabulary, nothing cut off (no top-k, no
-top-p): training is only right for the distribution that was sampled. Both samplers say with which
+top-p): training is only right for the distribution that was sampled. Both samplers, transformers' and vLLM's, say with which
 log-probability they drew each token, so that the learner can be held against it.
 """
 
@@ -31,7 +31,7 @@ import policy
 import tasks
 from tasks import Problem, UserError
 
-ROW_TOKENS = 2**18          # prompt and answer tokens that transformers' generate holds in its cache at a time
+CACHE_TOKENS = 2**18          # prompt and answer tokens that transformers' generate holds in its cache at a time
 STAGE_TOKENS = 64           # after so many, transformers' generate lets finished answers go: they would be computed on to the longest one's end
 CPU_CACHE_BYTES = 2**30     # vLLM's cache on a machine without a GPU
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)     # what vLLM can be built for; a smaller adapter fits into a larger one
@@ -88,7 +88,7 @@ class HFSampler:
     """Samples with transformers' generate, from the very model object that learns: it is never out of date."""
 
     adapter_root = None         # needs no adapter files
-    block_tokens = ROW_TOKENS   # prompt and answer tokens worth handing over in one call
+    block_tokens = CACHE_TOKENS   # prompt and answer tokens worth handing over in one call
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.stops = model, tokenizer, stop_ids(model.generation_config, tokenizer)
@@ -109,7 +109,7 @@ class HFSampler:
         groups: list[list[Rollout]] = [[] for _ in prompts]
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))           # similar lengths together: less padding
         while waiting:
-            rows = max(1, ROW_TOKENS // (len(prompts[waiting[0]]) + max_new_tokens))
+            rows = max(1, CACHE_TOKENS // (len(prompts[waiting[0]]) + max_new_tokens))
             batch, waiting = waiting[:max(1, rows // n)], waiting[max(1, rows // n):]
             for done in range(0, n, rows):                                              # more than once only if n > rows
                 made = self._generate([prompts[i] for i in batch], min(rows, n - done), temperature, max_new_tokens)
@@ -188,7 +188,7 @@ class VLLMSampler:
     would silently serve the old policy.
     """
 
-    block_tokens = 16 * ROW_TOKENS      # it schedules its rows itself, and a large call keeps it busy
+    block_tokens = 16 * CACHE_TOKENS      # it schedules its rows itself, and a large call keeps it busy
 
     def __init__(self, base: str, tokenizer, stops: list[int], *, dtype: str, lora_rank: int, context: int, gpu_memory: float,
                  sleeps: bool = False):
@@ -328,7 +328,7 @@ def open_sampler(args: argparse.Namespace, problems: list[Problem]):
 # ---------------------------------------------------------------- the script, and what it shares with evaluate and train
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser described by the first sentence of a script's docstring, whose errors are one sentence too."""
+    """A parser described by the first paragraph of a script's docstring, whose errors are one sentence too."""
     layout = lambda prog: argparse.MetavarTypeHelpFormatter(prog, max_help_position=36, width=150)
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], usage="%(prog)s [flags]", formatter_class=layout)
 

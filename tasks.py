@@ -78,9 +78,9 @@ HELD_OUT = {"math": "math500", "gsm8k": "gsm8k-test"}     # what a training set 
 
 
 def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
-    """Problems of a data set, in its order. Raises UserError if it is unknown, broken or empty.
+    """Problems of a data set, in its order unless limited. Raises UserError if it is unknown, broken or empty.
 
-    limit keeps a fixed random choice of that many problems (the same for the same data set).
+    limit: only the first so many, in a fixed random order.
     """
     name, *filters = _split_name(name_or_path)
     if name in ("countdown", "countdown-graded"):

@@ -67,13 +67,13 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, promp
             groups = sampler.generate([prompts[i] for i in batch], args.n, args.temperature, args.max_new_tokens,
                                       seed_at(args.seed, step, args.prompts * args.n))                      # [P][n]
             clock.lap("sample")
-            if step < start + 3 or step % 10 == 0:
-                check_agreement(args, model, [group[0] for group in groups[:8]])
-            failures = -tasks.graders().failures
+            failures_before = tasks.graders().failures
             rewards = torch.tensor(tasks.grade_all([problems[i] for i in batch], responses(groups)))        # (P, n)
-            failures += tasks.graders().failures
+            failures = tasks.graders().failures - failures_before
             clock.lap("grade")
             sampler.sleep()
+            if step < start + 3 or step % 10 == 0:
+                check_agreement(args, model, [group[0] for group in groups[:8]])
             weights = weigh(rewards, ks, args.objective, args.baseline)                                     # (P, n)
             stats, budget = learn(args, model, optimizer, [r for group in groups for r in group], weights, budget)
         except (UserError, policy.BadNumbers, torch.OutOfMemoryError) as error:
@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, promp
         clock.lap("sync")
         skipped += stats["learned_tokens"] == 0
         log.step(metrics_row(step + 1, ks, groups, rewards, weights, stats, clock, problems[0].task, skipped, failures), args.steps)
-        if stop.requested or step + 1 == args.steps or (step + 1) % args.save_every == 0:
+        if step + 1 == args.steps or (step + 1) % args.save_every == 0:
             save(step + 1)
         if stop.requested:
             leave(save(step + 1), stop)
@@ -94,20 +94,20 @@ def train(args: argparse.Namespace, run: Path, model, tokenizer, problems, promp
     log.report(held_out)
 
 
-def prepare(args: argparse.Namespace, model, tokenizer, prompt: int, longest_prompt: int, version: int):
-    """The sampler, with the policy of `version`, once the worst batch of a step is known to fit the GPU. prompt: tokens of the longest one."""
+def prepare(args: argparse.Namespace, model, tokenizer, train_prompt: int, any_prompt: int, version: int):
+    """The sampler, at policy `version`. On a GPU the worst batch is learned first. train_prompt, any_prompt: tokens of the longest one to train on, or to evaluate too."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    sampler = make_sampler(args, model, tokenizer, longest_prompt + args.max_new_tokens)
+    sampler = make_sampler(args, model, tokenizer, any_prompt + args.max_new_tokens)
     sampler.sleep()
     if model.device.type == "cuda":                         # elsewhere memory gives no error that could be caught
-        policy.rehearse(model, prompt, args.max_new_tokens, args.prompts * args.n, args.micro_batch_tokens)
+        policy.rehearse(model, train_prompt, args.max_new_tokens, args.prompts * args.n, args.micro_batch_tokens)
     sync(sampler, model, version)
     return sampler
 
 
 def learn(args: argparse.Namespace, model, optimizer, rollouts, weights: torch.Tensor, budget: int) -> tuple[dict, int]:
-    """One update with weights (P, n), and the micro-batch (tokens) it took: out of memory, the run's is halved once."""
+    """One update with weights (P, n). Returns its statistics and the micro-batch tokens it took, halved once if memory ran out."""
     half = max(1, args.micro_batch_tokens // 2)
     for tokens in dict.fromkeys((budget, half)):
         try:

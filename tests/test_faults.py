@@ -241,6 +241,14 @@ def test_keep_never_removes_the_last_whole_checkpoint(tmp_path, learner):  # noq
     assert [path.name for path in policy.checkpoints(tmp_path)] == ["step_000030"] and policy.flaw(tmp_path / "step_000030") is None
 
 
+@pytest.mark.parametrize("keep", range(1, 8))
+def test_keep_leaves_that_many_however_long_the_run(tmp_path, learner, keep):  # noqa: F811
+    model = learner()
+    for number in range(1, 9):
+        policy.save_checkpoint(tmp_path, number, model, torch.optim.AdamW(policy.trainable(model).values()), {}, keep)
+        assert [int(path.name[5:]) for path in policy.checkpoints(tmp_path)] == list(range(max(1, number - keep + 1), number + 1))
+
+
 def test_checkpoints_are_sorted_by_number_and_copies_are_left_alone(tmp_path, tiny):
     for name in ("step_999999", "step_1000000", "step_000001.bak", "step_2"):
         copy_of(tiny / "step_000003", tmp_path / name)

@@ -90,7 +90,7 @@ def test_log_probabilities_are_the_learners_whatever_the_padding(sampler_of, mon
 
 @pytest.mark.parametrize("row_tokens", [1, 40, 100])
 def test_many_small_batches_are_as_good_as_one(sampler_of, monkeypatch, row_tokens):
-    monkeypatch.setattr(sample, "ROW_TOKENS", row_tokens)
+    monkeypatch.setattr(sample, "CACHE_TOKENS", row_tokens)
     sampler = sampler_of()
     groups = list(sample.sample_problems(sampler, PROMPTS, 5, 1.0, 8, 3, "test"))
     assert [[r.prompt_ids for r in group] for group in groups] == [[prompt] * 5 for prompt in PROMPTS]
