@@ -1,19 +1,20 @@
 """RSPO: policy gradients for the best of k answers. The whole method, and nothing else.
 
 Source: "RSPO: Risk-Seeking Policy Optimization for Pass@k and Max@k Metrics in Large Language
-Models", arXiv 2508.01174. The unbiased pass@k estimator is from Chen et al. 2021, arXiv 2107.03374.
+Models", arXiv 2508.01174. The unbiased pass@k is from Chen et al. 2021, arXiv 2107.03374.
 
-The question. Sample n answers y_1..y_n to a prompt and grade them, R_i = R(y_i). By how much should
-the log-probability of each answer go up, if the model will be judged on the best of k answers?
+The question. Sample n answers y_1..y_n to a prompt and grade them, R_i = R(y_i). By how much
+should the log-probability of each go up, if the model will be judged on the best of k answers?
 
 The answer. With w the chance that one answer is right, Pass@k = 1 - (1 - w)^k, and so
 
-    grad Pass@k = E_y[ k (1 - w)^(k-1) R(y) grad log pi(y) ]                                      (1)
-    grad Max@k  = E_y[ k E_M[ max(R(y) - M, 0) ] grad log pi(y) ],  M = best of k - 1 others      (2)
+    grad Pass@k = E_y[ k (1 - w)^(k-1) R(y) grad log pi(y) ]                       (1)
+    grad Max@k  = E_y[ k E_M[ max(R(y) - M, 0) ] grad log pi(y) ]                  (2)
 
-An answer earns what it adds to the best of k: a right answer to a hard prompt counts k times, to an
-easy prompt almost nothing, and a wrong answer never "hitchhikes" on a right one. Equation (2) holds
-because M does not depend on y, so E_M[M] may be subtracted as a baseline: max(R, M) - M is left.
+with M the best reward of k - 1 others. An answer earns what it adds to the best of k: a right
+answer to a hard prompt counts k times, to an easy prompt almost nothing, and a wrong answer never
+"hitchhikes" on a right one. (2) holds because M does not depend on y, so E_M[M] may be subtracted
+as a baseline: max(R, M) - M is left.
 
 What is unknown, (1 - w)^(k-1) and the law of M, is estimated without bias from the other n - 1
 samples: average over every choice of k - 1 of them. That average has a closed form.
@@ -22,8 +23,9 @@ Gradient convention, everywhere: (1/n) * sum_i W_i * grad log pi(y_i), averaged 
 The weights are used as they are. Subtracting their mean, or dividing by their standard deviation,
 changes the objective (on 0/1 rewards the two together turn RSPO at any k back into GRPO).
 
-Shapes: P prompts, n samples of each, c of them correct; "..." stands for any leading dimensions.
-Rewards are anything torch.as_tensor takes; all arithmetic and every result is float64.
+Shapes: n samples per prompt, c of them right; "..." stands for any leading dimensions. Rewards
+are anything torch.as_tensor takes; all arithmetic and every result is float64. ValueError says
+what is wrong with rewards or k.
 """
 
 import warnings
@@ -32,17 +34,17 @@ import torch
 from torch import Tensor
 
 
-# ---------------------------------------------------------------- how good are n answers: the metrics
+# ---------------------------------------------------------------- how good are n answers
 
 def pass_at_k(rewards, k: int) -> Tensor:
     """Unbiased estimate of Pass@k, the chance that at least one of k answers is right.
 
     rewards (..., n) of 0 and 1 -> (...). The share of k-subsets that hold a right answer,
-    1 - C(n-c, k) / C(n, k) (Chen et al. 2021). Raises ValueError on bad rewards or k.
+    1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
     """
     rewards = _checked(rewards, k, binary=True)
-    n, correct = rewards.shape[-1], rewards.sum(-1).long()           # (...)
-    return 1 - _subset_chance(n, k, rewards.device)[n - correct]     # (...)
+    n, right = rewards.shape[-1], rewards.sum(-1).long()  # (...)
+    return 1 - _subset_chance(n, k, rewards.device)[n - right]  # (...)
 
 
 def max_at_k(rewards, k: int) -> Tensor:
@@ -50,114 +52,137 @@ def max_at_k(rewards, k: int) -> Tensor:
 
     rewards (..., n) real -> (...). The mean over k-subsets of the subset's maximum,
     sum_i r_(i) C(i-1, k-1) / C(n, k): r_(i), the i-th lowest, is the maximum where the k - 1
-    others rank below it.
-    On 0/1 rewards it equals `pass_at_k`. Raises ValueError on bad rewards or k.
+    others rank below it. On 0/1 rewards it equals `pass_at_k`.
     """
     rewards = _checked(rewards, k)
-    n, ascending = rewards.shape[-1], rewards.sort(dim=-1).values    # (..., n)
-    s = _subset_chance(n - 1, k - 1, rewards.device)                 # (n,)
-    return k / n * (ascending * s).sum(-1)                           # (...)  C(n,k) = n/k C(n-1,k-1)
+    n, ascending = rewards.shape[-1], rewards.sort(dim=-1).values  # (..., n)
+    s = _subset_chance(n - 1, k - 1, rewards.device)  # (n,)
+    return k / n * (ascending * s).sum(-1)  # (...)  C(n, k) = n/k C(n-1, k-1)
 
 
-# ---------------------------------------------------------------- who earned it: the RSPO weights
+# ---------------------------------------------------------------- who earned it: RSPO's weights
 
 def pass_at_k_weights(rewards, k: int) -> Tensor:
-    """RSPO weight of each sample for Pass@k: W_i = k * C(n-c, k-1) / C(n-1, k-1) * R_i, from (1).
+    """RSPO's weights for Pass@k, W_i = k * C(n-c, k-1) / C(n-1, k-1) * R_i, from (1).
 
-    rewards (..., n) of 0 and 1 -> (..., n). For a right y_i the ratio is the chance that k - 1 of
-    the n - 1 others are all wrong, an unbiased estimate of (1 - w)^(k-1) that does not look at y_i.
+    rewards (..., n) of 0 and 1 -> (..., n). For a right y_i the ratio is the chance that k - 1
+    of the n - 1 others are all wrong: it estimates (1 - w)^(k-1) without looking at y_i.
 
-    >>> pass_at_k_weights([1, 0, 0, 1], k=2)      # 2 * C(2,1)/C(3,1) = 4/3 for each right answer
+    >>> pass_at_k_weights([1, 0, 0, 1], k=2)  # 2 * C(2,1)/C(3,1) = 4/3 for each right answer
     tensor([1.3333, 0.0000, 0.0000, 1.3333], dtype=torch.float64)
-
-    Raises ValueError on bad rewards or k.
     """
     rewards = _checked(rewards, k, binary=True)
     n = rewards.shape[-1]
     _warn_of_few_levels(n, k)
-    wrong = n - rewards.sum(-1, keepdim=True).long()                 # (..., 1)  n - c
-    s = _subset_chance(n - 1, k - 1, rewards.device)                 # (n,)
-    return k * s[wrong.clamp(max=n - 1)] * rewards                   # (..., n)  c = 0: all zero
+    wrong = n - rewards.sum(-1, keepdim=True).long()  # (..., 1)  n - c
+    s = _subset_chance(n - 1, k - 1, rewards.device)  # (n,)
+    return k * s[wrong.clamp(max=n - 1)] * rewards  # (..., n)  c = 0: all zero
 
 
 def max_at_k_weights(rewards, k: int) -> Tensor:
-    """RSPO weight of each sample for Max@k: W_i = k * mean_S max(R_i - max_S R, 0), from (2).
+    """RSPO's weights for Max@k, W_i = k * mean_S max(R_i - max_S R, 0), from (2).
 
-    rewards (..., n) real -> (..., n). S runs over the (k-1)-subsets of the other samples; at k = 1
-    there are none, and W_i = R_i. Raising the bar one sorted reward at a time, sample i gains each
-    step below its own reward exactly when S lies wholly below that step:
+    rewards (..., n) real -> (..., n). S runs over the (k-1)-subsets of the other samples; at
+    k = 1 there are none, and W_i = R_i. Raising the bar one sorted reward at a time, sample i
+    gains each step below its own reward exactly when S lies wholly below that step:
 
-        W_(i) = k * sum_{j=0}^{i-1} (r_(j+1) - r_(j)) * s_j,   s_j = C(j, k-1) / C(n-1, k-1),  r_(0) := 0
+        W_(i) = k * sum_{j=0}^{i-1} (r_(j+1) - r_(j)) * s_j
+        s_j = C(j, k-1) / C(n-1, k-1),  r_(0) := 0
 
-    Every term but the first is >= 0 (no cancellation), equal rewards need no rule, and k = 1, where
-    all s_j are 1, gives W_i = R_i (float32 rewards: to the bit). On 0/1 rewards it equals
+    Every term but the first is >= 0 (no cancellation), equal rewards need no rule, and k = 1,
+    where all s_j are 1, gives W_i = R_i (float32 rewards: to the bit). On 0/1 rewards it equals
     `pass_at_k_weights`. One sort: O(n log n).
 
-    >>> max_at_k_weights([0.1, 0.5, 0.2, 1.0], k=2)   # the best beats .1, .2, .5 by .9, .8, .5
+    >>> max_at_k_weights([0.1, 0.5, 0.2, 1.0], k=2)  # the best beats .1, .2, .5 by .9, .8, .5
     tensor([0.0000, 0.4667, 0.0667, 1.4667], dtype=torch.float64)
-
-    Raises ValueError on bad rewards or k.
     """
     rewards = _checked(rewards, k)
     n = rewards.shape[-1]
     _warn_of_few_levels(n, k)
-    ascending, order = rewards.sort(dim=-1)                                # (..., n)
-    steps = ascending.diff(dim=-1, prepend=torch.zeros_like(ascending[..., :1]))   # (..., n)
-    s = _subset_chance(n - 1, k - 1, rewards.device)                       # (n,)
-    return _unsort(k * (steps * s).cumsum(-1), order)                      # (..., n)
+    ascending, order = rewards.sort(dim=-1)  # (..., n)
+    zero = torch.zeros_like(ascending[..., :1])  # (..., 1)  r_(0)
+    steps = ascending.diff(dim=-1, prepend=zero)  # (..., n)
+    s = _subset_chance(n - 1, k - 1, rewards.device)  # (n,)
+    return _unsort(k * (steps * s).cumsum(-1), order)  # (..., n)
 
 
 def leave_one_out_weights(rewards, k: int) -> Tensor:
-    """RSPO weights minus a baseline, W_i - b_i, with b_i the mean weight of the others among themselves.
+    """RSPO's weights minus a baseline, W_i - b_i: the others' mean weight among themselves.
 
-    rewards (..., n) real -> (..., n); needs k <= n - 1. b_i never sees y_i, so nothing is biased. No loop:
-    with U_i = k times the mean maximum of the k-subsets that hold i, and s_j as in `max_at_k_weights`,
+    rewards (..., n) real -> (..., n); needs k <= n - 1. b_i never sees y_i, so nothing is
+    biased. With U_i = k times the mean maximum of the k-subsets that hold i, and s_j as above,
 
-        W_i - b_i = n / (n - k) * (U_i - mean U),    U_(i) = const + k * sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * s_{j-1}
+        W_i - b_i = n / (n - k) * (U_i - mean U)
+        U_(i) = const + k * sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * s_{j-1}
 
-    An answer is above average if the teams of k that it plays in are. At k = 1 this is RLOO, and saves
-    the most variance; the larger k, the less a baseline has left to save. Raises ValueError on bad
-    rewards, or unless 1 <= k <= n - 1.
+    An answer is above average if the teams of k that it plays in are. At k = 1 this is RLOO,
+    and saves the most variance; the larger k, the less a baseline has left to save.
     """
     rewards = _checked(rewards, k)
     n = rewards.shape[-1]
     if k > n - 1:
-        raise ValueError(f"k is {k}, but leave-one-out needs k <= n - 1, and n is {n} samples a prompt")
+        raise ValueError(f"k is {k}, but leave-one-out needs k <= n - 1, and n is {n} samples")
     _warn_of_few_levels(n, k)
-    ascending, order = rewards.sort(dim=-1)                                # (..., n)
-    s = _subset_chance(n - 1, k - 1, rewards.device)                       # (n,)
-    steps = ascending.diff(dim=-1, prepend=ascending[..., :1])             # (..., n)  the first is 0
-    shared = k * (steps * s.roll(1)).cumsum(-1)                            # (..., n)  U - U_(1)
-    centred = shared - shared.mean(-1, keepdim=True)                       # (..., n)  U - mean U
-    return _unsort(n / (n - k) * centred, order)                           # (..., n)
+    ascending, order = rewards.sort(dim=-1)  # (..., n)
+    steps = ascending.diff(dim=-1, prepend=ascending[..., :1])  # (..., n)  the first is 0
+    s = _subset_chance(n - 1, k - 1, rewards.device)  # (n,)
+    shared = k * (steps * s.roll(1)).cumsum(-1)  # (..., n)  U - U_(1)
+    centred = shared - shared.mean(-1, keepdim=True)  # (..., n)  U - mean U
+    return _unsort(n / (n - k) * centred, order)  # (..., n)
 
+
+# ---------------------------------------------------------------- what else is done: the rivals
 
 def group_max_weights(rewards, k: int) -> Tensor:
-    """The paper's baseline: every sample of a group of k gets k times the group's maximum reward.
+    """The paper's baseline: each of a group of k gets k times the group's maximum reward.
 
-    rewards (..., n) real -> (..., n); n divisible by k, groups are consecutive. Also unbiased for Max@k,
-    but wrong answers hitchhike on the right one of their group: they are pushed up just as hard, and only
-    luck in the next groups undoes it. The price is variance. Raises ValueError on bad rewards or k.
+    rewards (..., n) real -> (..., n); n divisible by k, groups are consecutive. Unbiased for
+    Max@k, too, but wrong answers hitchhike on the right one of their group: they are pushed up
+    just as hard, and only luck in the next groups undoes it. The price is variance.
     """
     rewards = _checked(rewards, k)
     n = rewards.shape[-1]
     if n % k:
         raise ValueError(f"n is {n}, but the group maximum needs n divisible by k = {k}")
-    best = rewards.unflatten(-1, (n // k, k)).amax(-1)                     # (..., n/k)
-    return k * best.repeat_interleave(k, dim=-1)                           # (..., n)
+    best = rewards.unflatten(-1, (n // k, k)).amax(-1)  # (..., n/k)
+    return k * best.repeat_interleave(k, dim=-1)  # (..., n)
+
+
+def plug_in_weights(rewards, k: int) -> Tensor:
+    """k (1 - c/n)^(k-1) R of 0/1 rewards (..., n): the rate is taken with y_i itself. Biased."""
+    rewards = _checked(rewards, k, binary=True)
+    return k * (1 - rewards.mean(-1, keepdim=True)) ** (k - 1) * rewards  # (..., n)
+
+
+def grpo_weights(rewards, k: int) -> Tensor:
+    """(R - mean) / std of rewards (..., n): GRPO's advantage. It does not know k. Biased."""
+    rewards = _checked(rewards, k)
+    centred = rewards - rewards.mean(-1, keepdim=True)  # (..., n)
+    spread = centred.square().sum(-1, keepdim=True) / max(rewards.shape[-1] - 1, 1)
+    return centred / spread.sqrt().clamp(min=1e-6)  # (..., n)
+
+
+def reward_weights(rewards, k: int) -> Tensor:
+    """R of rewards (..., n): the ordinary policy gradient (REINFORCE). It does not know k."""
+    return _checked(rewards, k)  # (..., n)
+
+
+OBJECTIVES = {"passk": pass_at_k_weights, "maxk": max_at_k_weights,
+              "loo": leave_one_out_weights, "groupmax": group_max_weights,
+              "plugin": plug_in_weights, "grpo": grpo_weights, "reward": reward_weights}
 
 
 # ---------------------------------------------------------------- the loss
 
 def policy_gradient_loss(logprobs: Tensor, weights: Tensor, num_samples: int) -> Tensor:
-    """-(1 / num_samples) * sum_t W_t * log pi(token t): its gradient is minus the estimate above.
+    """-(1 / num_samples) * sum_t W_t * log pi(token t), a scalar: minus its gradient is ours.
 
-    logprobs (tokens,) nats, of all completion tokens of any part of the step, end token included;
-    weights (tokens,), each token carrying the weight of its sample, detached; num_samples = P * n of
-    the whole step, so that parts simply add up. The log-probability of an answer is the sum over its
-    tokens: dividing by its length would favour short right answers. Returns a scalar.
+    logprobs (tokens,) nats, of all completion tokens of any part of the step, end token
+    included; weights (tokens,), each token with the weight of its sample; num_samples = P * n
+    of the whole step, so that parts simply add up. The log-probability of an answer is the sum
+    over its tokens: dividing by its length would favour short right answers.
     """
-    return -(weights.detach() * logprobs).sum() / num_samples              # ()
+    return -(weights.detach() * logprobs).sum() / num_samples  # ()
 
 
 # ---------------------------------------------------------------- shared pieces
@@ -165,43 +190,45 @@ def policy_gradient_loss(logprobs: Tensor, weights: Tensor, num_samples: int) ->
 def _subset_chance(m: int, size: int, device) -> Tensor:
     """Chance that `size` of m items, drawn without replacement, all lie among the j lowest.
 
-    -> (m + 1,) for j = 0..m: C(j, size) / C(m, size), float64. One running product downwards from 1,
-    C(j-1, size) / C(j, size) = (j - size) / j: no binomial is formed and nothing can overflow.
+    -> (m + 1,) for j = 0..m: C(j, size) / C(m, size). One running product downwards from 1,
+    C(j-1, size) / C(j, size) = (j - size) / j: no binomial is formed, nothing can overflow.
     """
-    j = torch.arange(m, 0, -1, dtype=torch.float64, device=device)         # (m,)  m, m-1, .., 1
-    ratios = ((j - size) / j).clamp(min=0)                                 # (m,)
-    return torch.cat([j.new_ones(1), ratios]).cumprod(0).flip(0)   # (m + 1,)
+    j = torch.arange(m, 0, -1, dtype=torch.float64, device=device)  # (m,)  m, m-1, .., 1
+    ratios = ((j - size) / j).clamp(min=0)  # (m,)
+    return torch.cat([j.new_ones(1), ratios]).cumprod(0).flip(0)  # (m + 1,)
 
 
 def _unsort(values: Tensor, order: Tensor) -> Tensor:
     """Put values (..., n), listed in sorted order, back where `order` took them from."""
-    return torch.empty_like(values).scatter(-1, order, values)             # (..., n)
+    return torch.empty_like(values).scatter(-1, order, values)  # (..., n)
 
 
 def _checked(rewards, k, binary: bool = False) -> Tensor:
-    """The rewards as a float64 tensor (..., n), or a ValueError that names what is wrong with them or k."""
+    """The rewards as a float64 tensor (..., n), or a ValueError that says what is wrong."""
     if not isinstance(rewards, Tensor):
         try:
             rewards = torch.as_tensor(rewards, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"rewards is a {type(rewards).__name__}, but must be real numbers of shape (..., n)") from error
+            raise ValueError(f"rewards is a {type(rewards).__name__}, but must be real numbers "
+                             "of shape (..., n)") from error
     if rewards.is_complex() or rewards.ndim == 0 or rewards.shape[-1] == 0:
-        raise ValueError(f"rewards is {rewards.dtype} of shape {tuple(rewards.shape)}, "
-                         "but must be real of shape (..., n) with n >= 1 samples a prompt")
-    if rewards.device.type == "mps":                                       # Apple GPUs have no float64
+        raise ValueError(f"rewards is {rewards.dtype} of shape {tuple(rewards.shape)}, but must "
+                         "be real of shape (..., n) with n >= 1 samples per prompt")
+    if rewards.device.type == "mps":  # Apple GPUs have no float64
         rewards = rewards.cpu()
     rewards, n = rewards.detach().double(), rewards.shape[-1]
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
-        raise ValueError(f"k is {k!r}, but must be a whole number with 1 <= k <= n = {n} samples a prompt")
-    if not rewards.sum().isfinite() and not rewards.isfinite().all():       # one sum clears all but huge rewards
-        raise ValueError(f"rewards hold {rewards[~torch.isfinite(rewards)][0].item()}, but must be finite")
-    if binary and not torch.equal(rewards * rewards, rewards):             # only 0 and 1 are their own squares
+        raise ValueError(f"k is {k!r}, but must be a whole number with 1 <= k <= n = {n} samples")
+    if not rewards.sum().isfinite() and not rewards.isfinite().all():  # one sum clears most
+        bad = rewards[~rewards.isfinite()][0].item()
+        raise ValueError(f"rewards hold {bad}, but must be finite")
+    if binary and not torch.equal(rewards * rewards, rewards):  # true of 0 and 1 alone
         bad = rewards[(rewards != 0) & (rewards != 1)][0].item()
-        raise ValueError(f"rewards hold {bad}, but Pass@k needs 0 or 1 (for graded rewards use Max@k)")
+        raise ValueError(f"rewards hold {bad}, but Pass@k needs 0 or 1 (graded rewards: Max@k)")
     return rewards
 
 
 def _warn_of_few_levels(n: int, k: int) -> None:
     if 1 < k and n < 2 * k:
-        warnings.warn(f"n = {n} < 2k = {2 * k}: unbiased, but the weights take few distinct values; "
-                      f"n >= {2 * k} is better", stacklevel=3)
+        warnings.warn(f"n = {n} < 2k = {2 * k}: unbiased, but the weights take few distinct "
+                      f"values; n >= {2 * k} is better", stacklevel=3)

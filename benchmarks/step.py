@@ -1,10 +1,12 @@
 """Where does a step's time go? Training steps with each sampler, by train.py's own log.
 
-    .venv-vllm/bin/python benchmarks/step.py                                       the toy
-    .venv-vllm/bin/python benchmarks/step.py --model runs/smollm2 --data runs/sums.jsonl --prompts 8    after benchmarks/smollm2.py
+    .venv-vllm/bin/python benchmarks/step.py         the toy
+    .venv-vllm/bin/python benchmarks/step.py --model runs/smollm2 --data runs/sums.jsonl \\
+        --prompts 8                                  after benchmarks/smollm2.py
 
-Each run is a process of its own (a peak never goes down, and vLLM keeps its share of a GPU); the samplers take turns, A B A B, and
-the medians are over all their steps but each run's first. Without vLLM the transformers sampler alone is measured. Writes --out as JSON.
+Each run is a process of its own (a peak never goes down, and vLLM keeps its share of a GPU). The
+samplers take turns, A B A B, and the medians are over all their steps but each run's first.
+Without vLLM the plain sampler alone is measured. Writes --out as JSON.
 """
 
 import argparse
@@ -17,18 +19,29 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("sample", "grade", "learn", "sync")
+# column of the table: column of metrics.jsonl. What is done before sampling is the sync alone, for
+# the evaluation is behind the first step and the last.
+PARTS = {"sample": "sample_seconds", "grade": "grade_seconds", "learn": "learn_seconds",
+         "sync": "evaluate_seconds"}
+QUICK = ["--limit", "2", "--eval-n", "4", "--save-every", "1000"]
 
 
 def steps(flags: list[str], sampler: str, count: int) -> list[dict]:
     """Rows of metrics.jsonl of a run of that many steps behind a first one."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), *flags, "--sampler", sampler, "--steps", str(count + 1), "--limit", "2", "--eval-n", "4",
-                   "--save-every", "1000", "--run", f"{folder}/run"]
+        command = [sys.executable, str(ROOT / "train.py"), *flags, "--sampler", sampler,
+                   "--steps", str(count + 1), *QUICK, "--run", f"{folder}/run"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            sys.exit(f"step.py: {sampler}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-        return [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()][1:]
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            sys.exit(f"step.py: {sampler}: {last}")
+        settings = json.loads(Path(folder, "run/config.json").read_text())["flags"]
+        lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines][1:]
+    for row in rows:
+        tokens = row["completion_tokens"] * settings["prompts"] * settings["n"]
+        row["tokens_per_s"] = tokens / row["sample_seconds"]
+    return rows
 
 
 def main() -> None:
@@ -42,15 +55,17 @@ def main() -> None:
         for name in rows:
             rows[name] += steps(flags, name, args.steps)
     table = {}
-    print("sampler   tokens/s   seconds a step = sample + grade + learn + sync    sync's share   peak GiB")
+    print("sampler   tokens/s   seconds per step =   sample    grade    learn     sync   peak GiB")
     for name, own in rows.items():
-        row = {column: statistics.median(each[column] for each in own) for column in ("sample_tokens_per_s", *(f"{part}_seconds" for part in PARTS))}
-        table[name] = row = row | {"peak_memory_gb": max(each["peak_memory_gb"] for each in own)}
-        total = sum(row[f"{part}_seconds"] for part in PARTS)
-        print(f"{name:<7s} {row['sample_tokens_per_s']:10.0f} {total:14.3f}   " + "".join(f"{row[f'{part}_seconds']:9.3f}" for part in PARTS)
-              + f"{row['sync_seconds'] / total:14.1%} {row['peak_memory_gb']:10.2f}")
+        median = lambda column: statistics.median(row[column] for row in own)
+        parts = {part: median(column) for part, column in PARTS.items()}
+        speed, peak = median("tokens_per_s"), max(row["peak_memory_gb"] for row in own)
+        table[name] = {"tokens_per_s": speed, "seconds": parts, "peak_memory_gb": peak}
+        print(f"{name:<7s} {speed:10.0f} {sum(parts.values()):20.3f}  "
+              + "".join(f"{value:9.3f}" for value in parts.values()) + f"{peak:11.2f}")
     if len(rows) == 2:
-        print(f"vllm / hf, tokens/s side by side: {table['vllm']['sample_tokens_per_s'] / table['hf']['sample_tokens_per_s']:.2f}")
+        ratio = table["vllm"]["tokens_per_s"] / table["hf"]["tokens_per_s"]
+        print(f"vllm / hf, tokens/s side by side: {ratio:.2f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"flags": flags, "samplers": table}, indent=1) + "\n")
 

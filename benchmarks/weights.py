@@ -1,9 +1,10 @@
-"""How long do the weights take? A step's worth beside a loop over prompts with math.comb, and the growth with n.
+"""How long do the weights take? One step's, beside a loop over prompts, and the growth with n.
 
     python benchmarks/weights.py
 
-1,024 prompts x 64 samples at k = 8 (Pass@k: 5 % to 95 % right, Max@k: uniform rewards), each beside a loop that does the same work, in
-turn, A B A B, medians; then one row of n rewards for n = 1e3 to 1e6. The results are compared to 1e-12 first. Writes --out as JSON.
+1,024 prompts x 64 samples at k = 8 (Pass@k: 5 % to 95 % right, Max@k: uniform rewards), each beside
+a loop with math.comb that does the same work, in turn, A B A B, medians. Then one row of n rewards
+for n = 1e3 to 1e6. The results are compared to 1e-12 first. Writes --out as JSON.
 """
 
 import argparse
@@ -55,37 +56,53 @@ def milliseconds(work, seconds: float = 0.5) -> float:
     return statistics.median(times)
 
 
+def one_step() -> dict[str, float]:
+    """Milliseconds of each function and each loop."""
+    shares = torch.linspace(0.05, 0.95, P)[:, None]
+    binary = (torch.rand(P, N) < shares).double()                          # (P, n)
+    graded = torch.rand(P, N, dtype=torch.float64)                         # (P, n)
+    rows, graded_rows = binary.tolist(), graded.tolist()
+    works = {"pass@k, loop with math.comb": lambda: pass_loop(rows),
+             "pass_at_k_weights": lambda: rspo.pass_at_k_weights(binary, K),
+             "max@k, loop with math.comb": lambda: max_loop(graded_rows),
+             "max_at_k_weights": lambda: rspo.max_at_k_weights(graded, K),
+             "leave_one_out_weights": lambda: rspo.leave_one_out_weights(graded, K)}
+    loops = list(works.values())
+    for loop, ours in (loops[:2], loops[2:4]):
+        expected = torch.tensor(loop(), dtype=torch.float64)
+        torch.testing.assert_close(ours(), expected, rtol=1e-12, atol=0)
+    rounds = [{name: milliseconds(work) for name, work in works.items()} for _ in range(4)]
+    medians = {name: statistics.median(each[name] for each in rounds) for name in works}
+    print(f"{P} prompts x {N} samples, k = {K}, {torch.get_num_threads()} threads")
+    print(f"{'':28s}        ms   loop / this")
+    for name, value in medians.items():
+        loop = value if "loop" in name else loop    # the one above; leave-one-out: that of max@k
+        print(f"{name:28s}{value:10.3f}{loop / value:14.1f}")
+    return medians
+
+
+def growth() -> dict[int, list[float]]:
+    """Milliseconds of one row of n rewards."""
+    table = {}
+    print(f"\none row, k = {K}\n{'n':>9s}{'pass@k ms':>12s}{'max@k ms':>12s}"
+          f"{'max@k ns / (n log2 n)':>24s}")
+    for n in (10**3, 10**4, 10**5, 10**6):
+        binary, graded = (torch.rand(n) < 0.3).double(), torch.rand(n, dtype=torch.float64)
+        table[n] = [milliseconds(lambda: rspo.pass_at_k_weights(binary, K)),
+                    milliseconds(lambda: rspo.max_at_k_weights(graded, K))]
+        share = table[n][1] * 1e6 / (n * math.log2(n))
+        print(f"{n:9d}{table[n][0]:12.3f}{table[n][1]:12.3f}{share:24.2f}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/weights.json"))
     args = parser.parse_args()
     torch.manual_seed(0)
-    binary = (torch.rand(P, N) < torch.linspace(0.05, 0.95, P)[:, None]).double()               # (P, n)
-    graded = torch.rand(P, N, dtype=torch.float64)                                              # (P, n)
-    binary_rows, graded_rows = binary.tolist(), graded.tolist()
-    for ours, theirs in ((rspo.pass_at_k_weights(binary, K), pass_loop(binary_rows)), (rspo.max_at_k_weights(graded, K), max_loop(graded_rows))):
-        torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-12, atol=0)
-    works = {"pass@k, loop with math.comb": lambda: pass_loop(binary_rows), "pass_at_k_weights": lambda: rspo.pass_at_k_weights(binary, K),
-             "max@k, loop with math.comb": lambda: max_loop(graded_rows), "max_at_k_weights": lambda: rspo.max_at_k_weights(graded, K),
-             "leave_one_out_weights": lambda: rspo.leave_one_out_weights(graded, K)}
-    rounds = {name: [] for name in works}
-    for _ in range(4):
-        for name, work in works.items():
-            rounds[name].append(milliseconds(work))
-    medians = {name: statistics.median(values) for name, values in rounds.items()}
-    print(f"{P} prompts x {N} samples, k = {K}, {torch.get_num_threads()} threads\n{'':28s}        ms   loop / this")
-    for name, value in medians.items():
-        loop = value if "loop" in name else loop                # the one above; leave-one-out beside that of max@k
-        print(f"{name:28s}{value:10.3f}{loop / value:14.1f}")
-
-    growth = {}
-    print(f"\none row, k = {K}\n{'n':>9s}{'pass@k ms':>12s}{'max@k ms':>12s}{'max@k ns / (n log2 n)':>24s}")
-    for n in (10**3, 10**4, 10**5, 10**6):
-        binary, graded = (torch.rand(n) < 0.3).double(), torch.rand(n, dtype=torch.float64)
-        growth[n] = [milliseconds(lambda: rspo.pass_at_k_weights(binary, K)), milliseconds(lambda: rspo.max_at_k_weights(graded, K))]
-        print(f"{n:9d}{growth[n][0]:12.3f}{growth[n][1]:12.3f}{growth[n][1] * 1e6 / (n * math.log2(n)):24.2f}")
+    found = {"milliseconds": one_step(), "one_row_milliseconds": growth()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"milliseconds": medians, "one_row_milliseconds": growth}, indent=1) + "\n")
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

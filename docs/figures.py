@@ -1,12 +1,17 @@
-"""The figures of the lesson, each drawn from the project's own functions. Shown in walkthrough.ipynb; as a script, PNGs:
+"""The figures of the lesson, each drawn from the project's own functions.
 
     python docs/figures.py        writes weight.png, credit.png and steps.png beside this file
+
+A function draws on axes that it is given, so walkthrough.ipynb shows the same figures.
+
+Shapes: n answers to a prompt, C counts of right ones among them.
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rspo
@@ -16,13 +21,17 @@ LOOKS = (("#555555", "-", "s"), (BLUE, "-", "o"), (ORANGE, "-.", "^"), ("#009e73
 
 
 def weight_by_success_rate(axis, ks=(1, 2, 4, 8), n: int = 64) -> None:
-    """Weight of a right answer over the prompt's success rate: a line is k (1 - w)^(k-1), a marker rspo.py's at c/n."""
+    """Weight of a right answer over the prompt's success rate w.
+
+    A line is k (1 - w)^(k-1), a marker is the weight of rspo.py at w = c / n.
+    """
     rates = torch.linspace(0, 1, 200)
-    right = torch.arange(1, n + 1, 4)                                           # (C,)  counts c
-    groups = (torch.arange(n) < right[:, None]).double()                        # (C, n)
+    right = torch.arange(1, n + 1, 4)  # (C,)
+    groups = (torch.arange(n) < right[:, None]).double()  # (C, n)
     for k, (colour, dashes, marker) in zip(ks, LOOKS):
+        weights = rspo.pass_at_k_weights(groups, k)[:, 0]  # (C,)
         axis.plot(rates, k * (1 - rates) ** (k - 1), dashes, color=colour, label=f"k = {k}")
-        axis.plot(right / n, rspo.pass_at_k_weights(groups, k)[:, 0], marker, color=colour, markersize=4)
+        axis.plot(right / n, weights, marker, color=colour, markersize=4)
     axis.set(title=f"A right answer counts where right answers are rare (markers: n = {n})",
              xlabel="success rate w of the prompt", ylabel="weight of a right answer")
     axis.grid(alpha=0.3)
@@ -30,47 +39,57 @@ def weight_by_success_rate(axis, ks=(1, 2, 4, 8), n: int = 64) -> None:
 
 
 def who_gets_the_credit(axes, rewards=(0, 1, 0, 0), k: int = 4) -> None:
-    """Weights of one group of k: the group maximum's and RSPO's (with four wrong answers more, so that n = 2k)."""
-    group = torch.tensor(rewards, dtype=torch.float64)                          # (k,)
-    everyone = torch.cat([group, torch.zeros(k)])                               # (2k,)
+    """Weights of one group of k: the group maximum's and RSPO's.
+
+    k wrong answers more stand behind the group, so that n = 2k.
+    """
+    group = torch.tensor(rewards, dtype=torch.float64)  # (k,)
+    everyone = torch.cat([group, torch.zeros(k)])  # (2k,)
     methods = {"Group maximum: three hitchhikers": rspo.group_max_weights(everyone, k)[:k],
                "RSPO: who earned it": rspo.pass_at_k_weights(everyone, k)[:k]}
-    names = [f"answer {i + 1}\n{'right' if reward else 'wrong'}" for i, reward in enumerate(rewards)]
+    names = [f"answer {i + 1}\n{'right' if reward else 'wrong'}"
+             for i, reward in enumerate(rewards)]
+    colours = [BLUE if reward else ORANGE for reward in rewards]
+    hatches = ["" if reward else "//" for reward in rewards]
     for axis, (title, weights) in zip(axes, methods.items()):
-        bars = axis.bar(names, weights, color=[BLUE if reward else ORANGE for reward in rewards],
-                        hatch=["" if reward else "//" for reward in rewards], edgecolor="white")
+        bars = axis.bar(names, weights, color=colours, hatch=hatches, edgecolor="white")
         axis.bar_label(bars, [f"{weight:g}" for weight in weights])
         axis.set(title=title, ylabel="weight in the gradient", ylim=(0, 1.2 * k))
 
 
 def sort_diff_cumsum(axis, rewards=(0.1, 0.5, 0.2, 1.0), k: int = 2) -> None:
-    """How the Max@k weight adds up: each step between neighbours in the sorted rewards, times the chance to be over all rivals."""
-    ascending = torch.tensor(sorted(rewards), dtype=torch.float64)              # (n,)
-    weights = rspo.max_at_k_weights(ascending, k)                               # (n,)
-    steps = ascending.diff(prepend=torch.zeros(1, dtype=torch.float64))         # (n,)  r_(j+1) - r_(j)
-    gains = weights.diff(prepend=torch.zeros(1, dtype=torch.float64))           # (n,)  k * step * s_j
+    """How the Max@k weight adds up over the sorted rewards.
+
+    Each step between neighbours counts times the chance to be above all rivals.
+    """
+    ascending = torch.tensor(sorted(rewards), dtype=torch.float64)  # (n,)
+    weights = rspo.max_at_k_weights(ascending, k)  # (n,)
+    zero = torch.zeros(1, dtype=torch.float64)
+    steps = ascending.diff(prepend=zero)  # (n,)  r_(j+1) - r_(j)
+    gains = weights.diff(prepend=zero)  # (n,)  k * step * s_j
+    chances = gains / (k * steps)  # (n,)  s_j
     for i, reward in enumerate(ascending.tolist()):
         axis.bar(i, reward, color=GREY, alpha=0.25, width=0.8)
         axis.bar(i, steps[i], bottom=reward - steps[i].item(), color=BLUE, width=0.8)
-        axis.annotate(f"+{k} * {steps[i]:.1f} * {gains[i] / (k * steps[i]):.2f}", (i, reward), xytext=(0, 18),
-                      textcoords="offset points", ha="center", fontsize=9)
-        axis.annotate(f"W = {weights[i]:.2f}", (i, reward), xytext=(0, 5), textcoords="offset points", ha="center", weight="bold")
-    axis.set(title=f"Max@{k}: sort, take the steps (blue), weigh each by the chance that all\nrivals lie below it, add up from the left",
+        note = {"xy": (i, reward), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(f"+{k} * {steps[i]:.1f} * {chances[i]:.2f}", xytext=(0, 18), fontsize=9,
+                      **note)
+        axis.annotate(f"W = {weights[i]:.2f}", xytext=(0, 5), weight="bold", **note)
+    axis.set(title=f"Max@{k}: sort, take the steps (blue), weigh each by the chance that all\n"
+                   "rivals lie below it, add up from the left",
              xlabel="answers, sorted by reward", ylabel="reward", xticks=range(len(rewards)),
-             xticklabels=[f"r = {reward:g}" for reward in ascending.tolist()], ylim=(0, 1.25 * max(rewards)))
+             xticklabels=[f"r = {reward:g}" for reward in ascending.tolist()],
+             ylim=(0, 1.25 * max(rewards)))
 
 
 def main() -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     folder = Path(__file__).resolve().parent
-    for name, draw, columns in (("weight", weight_by_success_rate, 1), ("credit", who_gets_the_credit, 2), ("steps", sort_diff_cumsum, 1)):
-        figure, axes = plt.subplots(1, columns, figsize=(7, 4), layout="constrained", sharey=True)
-        draw(axes)
+    drawings = {"weight": (weight_by_success_rate, 1), "credit": (who_gets_the_credit, 2),
+                "steps": (sort_diff_cumsum, 1)}
+    for name, (draw, columns) in drawings.items():
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        draw(figure.subplots(1, columns, sharey=True))
         figure.savefig(folder / f"{name}.png", dpi=130)
-        plt.close(figure)
         print(folder / f"{name}.png")
 
 

@@ -1,149 +1,336 @@
-"""ablate.py: the intervals by simulation and by hand, the gradient's noise by plain autograd, and a grid that survives."""
+"""Proof that ablate.py runs the experiments that it names, and reports what they say.
 
-import argparse
+1. Experiments are data: every flag exists, every setting can run, and the reference is one of
+   them. A cell is named after its flags, so experiments share cells.
+2. Verdicts, stars and intervals of a report agree, over the seeds that all settings have. The
+   problems that chose the toy's settings are left out.
+3. A cell that fails harms no other, and its reason is in the report. Killed at once (-9), nothing
+   runs on, and the same command goes on to the same numbers. What is done is not done again.
+4. What cannot work is refused in one sentence.
+"""
+
 import json
+import multiprocessing
+import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import ablate
-import policy
+import evaluate
 import rspo
-import sample
-import tasks
+import train
+from lib import cli, run, tasks
+from lib.cli import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--steps", "2", "--prompts", "2", "--n", "4", "--limit", "204", "--eval-n", "4", "--seeds", "1"]
-
-
-def run(*flags, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "ablate.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, **options)
-
-
-def open_grid(folder, *flags, quick=False, seeds=None):
-    return ablate.open_grid(argparse.Namespace(quick=quick, seeds=seeds, out=folder), list(flags))
+STEPS, LIMIT = 40, ablate.SEEN + 4
+TINY = (f"--steps {STEPS} --prompts 2 --n 4 --eval-n 4 --save-every 4 --seeds 1 "
+        f"--limit {LIMIT}").split()
+SETTINGS = [(name, label, setting) for name, (_, _, settings) in ablate.EXPERIMENTS.items()
+            for label, setting in settings.items()]
+MEASURED = ("_per_s", "_seconds", "peak_memory_gb")  # columns that no two runs share
 
 
-def test_the_interval_by_hand():
-    values = torch.tensor([[1., 3.], [5., 3.]], dtype=torch.float64)[..., None]        # (S, M, 1) means 2, 4 and 3, 3
-    mean, half = ablate.interval(values)
-    assert mean.item() == 3
-    assert half.item() == pytest.approx(12.71 * (2 / 2) ** 0.5)                         # variance of the seed means 2; of the problem means 0
-    mean, half = ablate.interval(values[:1])
-    assert (mean.item(), half.item()) == (2, pytest.approx(12.71 * (2 / 2) ** 0.5))     # one seed: over its two problems
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """ablate.py sets it for its cells."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.parametrize("of_seeds, of_problems", [(0.3, 1.0), (1.0, 0.3), (0.0, 0.0)])
-def test_the_interval_covers_the_truth_over_new_seeds_and_new_problems(of_seeds, of_problems):
+# ---------------------------------------------------------------- 1. experiments and cells
+
+@pytest.mark.parametrize("name", ablate.EXPERIMENTS)
+def test_an_experiment_asks_something_and_holds_settings_against_one_of_them(name):
+    question, reference, settings = ablate.EXPERIMENTS[name]
+    assert question and reference in settings and len(settings) > 1
+    folders = {ablate.cell(setting, 31, {}, Path("x"))[1] for setting in settings.values()}
+    assert len(folders) == len(settings)  # no two are the same run
+
+
+@pytest.mark.parametrize("name, label, setting", SETTINGS)
+@pytest.mark.parametrize("scale", ["--quick", "--seeds=3"])
+def test_train_takes_the_flags_of_every_cell(name, label, setting, scale):
+    _, out, _, seeds, flags = ablate.settle([name, scale, "--no-tensorboard", "--lr", "0.01"])
+    words, folder = ablate.cell(setting, seeds[-1], flags, out)
+    args = train.settle([*words, "--run", str(folder)])
+    train.check(args, graded=args.data.startswith("countdown-graded"))
+    assert (args.seed, args.lr, args.tensorboard) == (seeds[-1], 0.01, False)
+    assert {each: getattr(args, each) for each in setting} == setting | {"k": str(setting["k"])}
+
+
+def test_the_experiments_are_what_they_are_called():
+    settings = lambda name: ablate.EXPERIMENTS[name][2]
+    assert {each["k"] for each in settings("sanity").values()} == {1}
+    for label, each in settings("samples").items():
+        n, prompts = each.get("n", 16), each.get("prompts", 32)  # train.py's own
+        assert (n * prompts == 16 * 32) == ("equal steps" not in label)
+    assert cli.SETTINGS["n"].default * cli.SETTINGS["prompts"].default == 16 * 32
+
+
+def test_experiments_share_the_cells_of_equal_flags_and_no_others(tmp_path):
+    of = lambda setting, seed=31, **flags: ablate.cell(setting, seed, flags, tmp_path)[1]
+    same = [{"k": 4}, {"k": 4, "objective": "passk"}, {"k": 4, "flip": 0}]
+    assert len({of(each) for each in same}) == 1
+    others = [of({"k": 4}), of({"k": 4}, 32), of({"k": 4, "objective": "grpo"}), of({"k": 40}),
+              of({"k": 4, "flip": 0.1}), of({"k": 4}, steps=3), of({"k": 4}, steps=30),
+              of({"k": "1,4"}), of({"k": "4:1"}), of({"k": 4, "n": 8}), of({"k": 4}, n=8)]
+    assert len(set(others)) == len(others)
+    assert all(re.fullmatch(r"[\w.+-]+", folder.name) for folder in others)
+    assert of({"k": 4, "objective": "grpo"}).name.startswith("k-4_objective-grpo_seed-31-")
+    cells = lambda name: {of(each) for each in ablate.EXPERIMENTS[name][2].values()}
+    assert cells("alignment") == cells("entropy") == cells("hitchhiking") & cells("curve")
+
+
+def test_the_seeds_of_an_experiment_are_as_many_as_asked_for():
+    for flags, count in (([], 5), (["--quick"], 2), (["--seeds", "7"], 7), (["--quick"], 2)):
+        seeds = ablate.settle(["noise", *flags])[3]
+        assert len(seeds) == count and len(set(seeds)) == count
+    full, quick = (set(ablate.settle(["noise", *flags])[3]) for flags in ([], ["--quick"]))
+    assert not full & quick
+
+
+# ---------------------------------------------------------------- 2. reports
+
+KS = (1, 2, 4, 8, 16)
+GAINS = {"RSPO k = 1": 0.0, "RSPO k = 2": 0.3, "RSPO k = 4": -0.2, "RSPO k = 8": 0.02}
+
+
+def made_up(gains, seeds=(1, 2, 3), M=30, n=16):
+    """Results of an experiment whose settings answer so much better than the first."""
     torch.manual_seed(0)
-    covered, trials = 0, 2000
-    for _ in range(trials):
-        values = of_seeds * torch.randn(5, 1, 1) + of_problems * torch.randn(1, 40, 1) + torch.randn(5, 40, 1)
-        mean, half = ablate.interval(values.double())
-        covered += (mean.abs() <= half).item()
-    assert 0.94 <= covered / trials <= 0.999
+    ids, chance = [f"p{i}" for i in range(M)], 0.2 + 0.4 * torch.rand(M, 1)
+    row = {"pass@k": 0.5, "reward": 0.2, "distinct_correct": 1.0, "zero_weight_prompts": 0.0}
+    return {label: {seed: (
+        {"ids": ids, "rewards": (torch.rand(M, n) < chance + gain).double().tolist()},
+        [{**row, "entropy": 1.0 + i} for i in range(8)])
+        for seed in seeds} for label, gain in gains.items()}
 
 
-def test_paired_differences_use_the_seeds_that_both_settings_have():
-    a = ablate.Result({1: torch.ones(3, 1), 2: torch.full((3, 1), 9.0)}, {}, (1,))
-    b = ablate.Result({1: torch.zeros(3, 1), 3: torch.full((3, 1), 5.0)}, {}, (1,))
-    mean, half = ablate.paired(a, b)
-    assert (mean.item(), half.item()) == (1, 0)
-    assert "higher" in ablate.verdict({"a": a, "b": b}, "a", "b", 1) and "lower" in ablate.verdict({"a": a, "b": b}, "b", "a", 1)
-    assert "do not separate" in ablate.verdict({"a": a, "b": a}, "a", "b", 1)
-    assert "c failed" in ablate.verdict({"a": a}, "a", "c", 1)
+def estimates(results, label):
+    rewards = torch.tensor([found["rewards"] for found, _ in results[label].values()])
+    return torch.stack([rspo.pass_at_k(rewards, k) for k in KS], -1)  # (S, M, K)
 
 
-def test_flipped_rewards_are_flipped_at_the_stated_rate_and_always_the_same():
-    rewards = (torch.rand(400, 50, generator=torch.Generator().manual_seed(0)) < 0.3).double()
-    seen = ablate.flipped(ablate.reward_weights, 0.1)(rewards, 1)
-    assert (seen != rewards).double().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert (seen != rewards)[rewards == 1].double().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(seen, ablate.flipped(ablate.reward_weights, 0.1)(rewards, 1))
-    assert torch.equal(ablate.flipped(rspo.pass_at_k_weights, 0.1)(rewards, 4), rspo.pass_at_k_weights(seen, 4))
+def changes_in(text):
+    """label -> cells of its change, of a report's table."""
+    found, label = {}, None
+    for line in text.split("```")[1].splitlines():
+        label = next((each for each in GAINS if line.startswith(each)), label)
+        found.setdefault(label, []).extend(re.findall(r"(?<!\S)[+-]\d*\.\S+", line))
+    return {label: cells for label, cells in found.items() if cells}
 
 
-def test_the_gradient_of_each_prompt_is_that_of_plain_autograd(tmp_path):
-    grid = open_grid(tmp_path / "grid", "--limit", "204", quick=True)
-    found = ablate.gradient_noise(grid, {"RSPO": (rspo.pass_at_k_weights, 2), "none": (lambda rewards, k: 0 * rewards, 2)}, prompts=4)
-    model, tokenizer = policy.load_model("toy")
-    model = policy.add_lora(model, 8, 32, 20)
-    problems = tasks.load_problems("countdown:train")[:4]
-    prompts = sample.encode_prompts(problems, tokenizer, 10**9, 12)
-    groups = list(sample.sample_problems(sample.HFSampler(model, tokenizer), prompts, 16, 1.0, 12, 0, ""))
-    gradients = []
-    for problem, group in zip(problems, groups):
-        rewards = torch.tensor([tasks.grade_countdown(r.text, problem.answer) * r.finished for r in group])
-        loss = 0.0
-        for rollout, weight in zip(group, rspo.pass_at_k_weights(rewards, 2).tolist()):
-            ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
-            logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-            loss = loss - weight / 16 * logprobs[len(rollout.prompt_ids) - 1:].sum()
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.trainable(model).values())]))
-    gradients = torch.stack(gradients)                                                  # (P, D)
-    assert gradients.abs().max() > 1e-3
-    torch.testing.assert_close(found["RSPO"][0], gradients.mean(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found["RSPO"][1], gradients.double().square().sum(-1), rtol=1e-4, atol=1e-8)
-    assert not found["none"][1].any()
+def test_verdicts_and_stars_agree_with_the_intervals(tmp_path):
+    results = made_up(GAINS)
+    text = ablate.report("alignment", results, ["- nothing failed"], tmp_path)
+    words, cells = set(), changes_in(text)
+    assert list(cells) == list(GAINS)[1:]
+    for label in cells:
+        change = estimates(results, label) - estimates(results, "RSPO k = 1")
+        mean, half = (each.tolist() for each in evaluate.interval(change))
+        [said] = re.findall(rf"- {label} against RSPO k = 1: (.*)\.", text)
+        expected = {}
+        for k, m, h, shown in zip(KS, mean, half, cells[label], strict=True):
+            word = "not separated" if abs(m) <= h else "better" if m > 0 else "worse"
+            expected.setdefault(word, []).append(f"@{k}")
+            assert shown.endswith("*") == (word != "not separated")
+            assert float(shown.split("+-")[0]) == pytest.approx(m, abs=6e-4)
+        assert said == "; ".join(f"{word} at {', '.join(at)}" for word, at in expected.items())
+        words |= expected.keys()
+    assert words == {"not separated", "better", "worse"}
+    assert "- nothing failed" in text and "Is the k trained for the best at itself?" in text
+    assert (tmp_path / "alignment.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_signal_to_noise_and_variance_ratio_of_known_gaussians():
-    torch.manual_seed(0)
-    truth = torch.full((50,), 0.2)                                                      # squared length 2, variance 50 and 200
-    noises = []
-    for scale in (1.0, 2.0):
-        gradients = truth + scale * torch.randn(4000, 50)
-        noises.append((gradients.mean(0), gradients.double().square().sum(-1)))
-    assert ablate.signal_to_noise(noises[0], 32) == pytest.approx(32 * 2 / 50, rel=0.1)
-    assert ablate.signal_to_noise(noises[1], 32) == pytest.approx(32 * 2 / 200, rel=0.15)
-    ratio, half = ablate.variance_ratio(noises[1], noises[0])
-    assert abs(ratio - 202 / 52) < 2 * half < 0.2
+def test_a_verdict_is_what_its_interval_says():
+    change = (1, 2, 4, 8, 16), [.011, -.011, .009, -.009, .02], [.01] * 4 + [float("nan")]
+    assert ablate.verdict("a", "b", *change) == (
+        "- a against b: better at @1; worse at @2; not separated at @4, @8, @16.")
 
 
-def test_a_killed_grid_goes_on_and_a_failed_cell_harms_no_other(tmp_path):
-    """n = 4, so the setting k = 8 cannot run: it is shown as failed with its reason. SIGKILL at the first finished cell."""
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, "ablate.py", "entropy", *TINY, "--out", str(broken)], cwd=ROOT,
+def test_a_report_is_over_the_seeds_that_all_settings_have(tmp_path):
+    results = made_up(GAINS)
+    del results["RSPO k = 4"][2]
+    shared = {label: {seed: each[seed] for seed in (1, 3)} for label, each in results.items()}
+    text = ablate.report("alignment", results, [], tmp_path)
+    assert text == ablate.report("alignment", shared, [], tmp_path) and "2 seed(s)" in text
+    results["RSPO k = 8"] = {}  # a setting that failed altogether is left out
+    assert "2 seed(s)" in ablate.report("alignment", results, [], tmp_path)
+    results["RSPO k = 8"] = {9: shared["RSPO k = 8"][1]}
+    text = ablate.report("alignment", results, ["- why"], tmp_path)
+    assert "- why" in text and "nothing to report" in text
+
+
+def test_other_columns_are_means_of_the_last_quarter_of_training_over_the_seeds():
+    results = made_up(GAINS)["RSPO k = 1"]
+    for seed, (_, metrics) in results.items():
+        metrics[-1]["reward"] = seed / 10
+    curve = ablate.curve_of("x", list(results.values()), "alignment")
+    assert curve.metric == "pass" and curve.ks == KS and curve.values.shape == (3, 30, 5)
+    torch.testing.assert_close(curve.more["reward"], torch.tensor([.15, .2, .25]).double())
+    assert curve.more["entropy"].tolist() == [7.5] * 3  # of 7 and 8, the last two steps of eight
+
+
+def test_a_cell_is_done_when_its_last_evaluation_is_there_and_seen_problems_are_left_out(tmp_path):
+    folder = tmp_path / "cell"
+    args = train.settle(["--steps", "2", "--run", str(folder)])
+    assert ablate.result(folder, 0) is None
+    folder.mkdir()
+    config = {"format": run.FORMAT, **train.config_of(args, [], [])}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ablate.result(folder, 0) is None
+    last = {"step": 2, "ids": ["a", "b", "c"], "rewards": [[0.0], [1.0], [0.5]]}
+    cli.write_rows(folder / "metrics.jsonl", [{"step": 1}, {"step": 2}])
+    cli.write_rows(folder / "evals.jsonl", [{**last, "step": 0}])
+    with (folder / "evals.jsonl").open("a") as file:
+        file.write(json.dumps(last))  # without its line end: it is being written
+    assert ablate.result(folder, 0) is None
+    cli.write_rows(folder / "evals.jsonl", [{**last, "step": 0}, last], "w")
+    assert ablate.result(folder, 2) == (
+        {"ids": ["c"], "rewards": [[0.5]]}, [{"step": 1}, {"step": 2}])
+
+
+def test_the_seen_problems_are_the_first_of_every_evaluation_of_the_toy():
+    ids = lambda data, limit: [p.id for p in tasks.load_problems(data, limit)]
+    seen = ids("countdown:test", ablate.SEEN)
+    for data in ("countdown:test", "countdown-graded:test"):
+        assert ids(data, 600)[:ablate.SEEN] == seen
+    for flags in ([], ["--quick"]):
+        assert ablate.settle(["noise", *flags])[4]["limit"] > ablate.SEEN + 50
+
+
+# ---------------------------------------------------------------- 3. grids
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """n = 4, so the setting k = 8 cannot run."""
+    out = tmp_path_factory.mktemp("grid")
+    ablate.main(["alignment", *TINY, "--out", str(out)])
+    return out
+
+
+def records(out):
+    """Of each cell what does not depend on the machine's speed."""
+    found = {}
+    for path in sorted((out / "cells").glob("*/metrics.jsonl")):
+        metrics, evals = ([row for _, row in cli.read_rows(path.with_name(name), appended=True)]
+                          for name in ("metrics.jsonl", "evals.jsonl"))
+        found[path.parent.name] = evals, [
+            {name: row[name] for name in row if not name.endswith(MEASURED)} for row in metrics]
+    return found
+
+
+def test_a_failed_cell_harms_no_other_and_its_reason_is_in_the_report(grid):
+    text = (grid / "alignment.md").read_text()
+    [reason] = re.findall("- RSPO k = 8, seed 31: failed, (.*)", text)
+    assert "--k 8 --objective passk: k is 8, but must be a whole number with 1 <= k <= n" in reason
+    assert list(changes_in(text)) == ["RSPO k = 2", "RSPO k = 4"]
+    assert "over 4 problems" in text and (grid / "alignment.png").stat().st_size > 10_000
+    done = records(grid).values()
+    assert [(len(metrics), len(evals[-1]["ids"])) for evals, metrics in done] == [(STEPS, LIMIT)] * 3
+
+
+def test_the_same_command_and_another_experiment_do_nothing_twice(grid, monkeypatch, capsys):
+    asked, run_cells = [], ablate.run_cells
+
+    def count(cells, workers):
+        asked.append([folder.name[:3] for folder in cells])
+        return run_cells(cells, workers)
+    monkeypatch.setattr(ablate, "run_cells", count)
+    before, reports = records(grid), []
+    for name in ("alignment", "entropy"):
+        ablate.main([name, *TINY, "--out", str(grid)])
+        assert (grid / f"{name}.md").read_text().strip() in capsys.readouterr().out
+        reports.append(re.findall(r"\S*\+-\S*", (grid / f"{name}.md").read_text()))
+    assert asked == [["k-8"], ["k-8"]] and records(grid) == before  # only what failed, again
+    assert reports[0] == reports[1] != []
+
+
+def test_a_cell_that_is_killed_is_named_with_its_signal_and_goes_on(tmp_path):
+    flags = dict(steps=3, prompts=2, n=4, limit=4, eval_n=4)
+    cells = dict(reversed(ablate.cell({"k": k}, 1, flags, tmp_path)) for k in (1, 2))
+    (tmp_path / "cells").mkdir()
+    first, second = cells
+    known = set(multiprocessing.active_children())
+
+    def kill_the_first():
+        while not (new := set(multiprocessing.active_children()) - known):
+            time.sleep(0.01)
+        new.pop().kill()
+    thread = threading.Thread(target=kill_the_first, daemon=True)
+    thread.start()
+    assert ablate.run_cells(cells, workers=1) == {first: "ended by signal 9"}
+    assert ablate.result(first, 0) is None and ablate.result(second, 0)
+    assert ablate.run_cells({first: cells[first]}, workers=1) == {} and ablate.result(first, 0)
+
+
+def alive(session):
+    """Processes of a session that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        found += [stat.parent.name] if int(of) == session and state != "Z" else []
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_killed_grid_leaves_no_process_and_goes_on_to_the_same_numbers(grid, tmp_path):
+    command = [sys.executable, "ablate.py", "alignment", *TINY, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (broken / "cells.jsonl").exists() or not (broken / "cells.jsonl").read_text():
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("cells/*/step_000004")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(alive(process.pid)) > 1
+    process.kill()
     process.wait()
-    with (broken / "cells.jsonl").open("a") as file:
-        file.write('{"cell": "half a li')
-    results = {folder: run("entropy", *TINY, "--out", folder) for folder in (broken, whole)}
-    for folder, result in results.items():
-        assert result.returncode == 0, result.stderr
-        assert "RSPO k = 8: failed, seed 31: ablate.py: --k is 8, but every k must lie in 1..n, and --n is 4" in result.stdout
-        assert "| RSPO k = 4 |" in result.stdout and (folder / "entropy.png").stat().st_size > 10_000
-    names = {folder: [json.loads(line)["cell"] for line in (folder / "cells.jsonl").read_text().splitlines()] for folder in results}
-    assert set(names[broken]) == set(names[whole]) and len(names[whole]) == 4
-    for name in names[whole]:
-        if "k-8" not in name:
-            assert (broken / "cells" / name / "evals.jsonl").read_bytes() == (whole / "cells" / name / "evals.jsonl").read_bytes()
-    assert names[broken].count(names[broken][0]) == 1                                   # what was finished is not run again
-
-    with pytest.raises(tasks.UserError, match=f"the grid in {whole} was made with --prompts 2, not 3: give another --out"):
-        open_grid(whole, *TINY[:-2], "--prompts", "3", seeds=1)
+    deadline = time.monotonic() + 60
+    while alive(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    begun = [len(metrics) for _, metrics in records(tmp_path).values()]
+    assert begun and max(begun) < STEPS, "a cell went on without its parent"
+    assert not (tmp_path / "alignment.md").exists()
+    ablate.main(command[2:])
+    assert records(tmp_path) == records(grid)
+    table = lambda out: (out / "alignment.md").read_text().split("```")[1]
+    assert table(tmp_path) == table(grid)
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["alignmnt"], "experiment 'alignmnt' is unknown, did you mean 'alignment'?; give one of sanity, alignment, hitchhiking"),
-    (["noise", "--k", "4"], "--k is what the experiments vary; leave it out"),
-    (["noise", "--limit", "100"], "--limit is 100, but must be at least 202: an interval needs two held-out problems, and the first 200"),
-    (["noise", "--seeds", "0"], "--seeds is 0, but must be at least 1"),
-    (["noise", "--stps", "3"], "flag --stps is unknown, did you mean '--steps'?"),
-])
-def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, sentence):
-    monkeypatch.setattr(sys, "argv", ["ablate.py", *flags, "--out", str(tmp_path / "grid")])
-    with pytest.raises(tasks.UserError, match=None) as error:
-        ablate.main()
-    assert sentence in str(error.value)
-    assert not (tmp_path / "grid" / "cells.jsonl").exists()
+# ---------------------------------------------------------------- 4. the command line
+
+def test_without_an_experiment_all_are_listed(capsys):
+    ablate.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(ablate.EXPERIMENTS)
+    assert max(map(len, lines)) <= 100
+    assert ablate.settle(["all"])[0] == list(ablate.EXPERIMENTS)
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("alignmnt", "experiment 'alignmnt' is unknown, did you mean 'alignment'?"),
+    ("nothing-like-it", "experiment 'nothing-like-it' is unknown; python ablate.py lists"),
+    *[(f"noise --{name} {value}", f"--{name} is what the experiments vary: leave it out")
+      for name, value in (("k", 4), ("objective", "loo"), ("flip", 0), ("seed", 0), ("run", "x"),
+                          ("resume", "x"))],
+    ("noise --limit 100", "--limit is 100, but must be at least 202"),
+    ("noise --seeds 0", "--seeds is 0, but must be at least 1"),
+    ("noise --stps 3", "'--stps' is no flag and belongs to none, did you mean '--steps'"),
+    ("noise alignment", "'alignment' is no flag"), ("noise --steps 0", "--steps is 0")])
+def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, flags, said):
+    with pytest.raises(UserError) as refused:
+        ablate.main([*flags.split(), "--out", str(tmp_path / "grid")])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "grid").exists()

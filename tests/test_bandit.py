@@ -1,12 +1,15 @@
 """Proof that the estimators of rspo.py point where they should, with no Monte Carlo anywhere.
 
-In bandit.py's exact world every expectation is a finite sum. The tests list those sums a second time with
-itertools and autograd, and from them show: the closed-form objective and gradient are right; RSPO, its
-leave-one-out form and the group maximum are unbiased to 1e-10 (0/1, graded and negative rewards, hidden
-problem types); the plug-in, GRPO's advantage and centred weights are not; what the group maximum costs is
-variance; training for k is best at k.
+In bandit.py's exact world every expectation is a finite sum. The tests list those sums a second
+time with itertools and autograd, and show from them:
+
+1. the closed forms of the objective and its gradient are right, by three other derivations;
+2. RSPO, its leave-one-out form and the group maximum are unbiased to 1e-10 (0/1, graded and
+   negative rewards, hidden problem types); the plug-in, GRPO and centred weights are not;
+3. what the group maximum costs is variance, and training for k is best at k.
 """
 
+from functools import partial
 from itertools import product
 from math import comb, prod
 
@@ -17,10 +20,12 @@ import bandit
 import rspo
 from bandit import Bandit
 
-tensor = lambda values: torch.tensor(values, dtype=torch.float64)
+tensor = partial(torch.tensor, dtype=torch.float64)
 LOGITS = tensor([0.3, -0.8, 0.5])
-GRADED = Bandit(tensor([.5, .3, .2]), tensor([[.7, -1.5, 2.], [-.2, -.2, -3.], [1., 0., 1.]]))  # ties, negatives
-BINARY = Bandit(tensor([.6, .3, .1]), tensor([[1., 0., 0.], [0., 1., 1.], [0., 0., 0.]]))  # one unsolvable
+GRADED = Bandit(  # ties and negative rewards
+    tensor([.5, .3, .2]), tensor([[.7, -1.5, 2.], [-.2, -.2, -3.], [1., 0., 1.]]))
+BINARY = Bandit(  # one type cannot be solved
+    tensor([.6, .3, .1]), tensor([[1., 0., 0.], [0., 1., 1.], [0., 0., 0.]]))
 WORLDS = pytest.mark.parametrize("world", [GRADED, BINARY], ids=["graded", "binary"])
 pytestmark = pytest.mark.filterwarnings("ignore:n = .* < 2k")
 
@@ -38,7 +43,7 @@ def outcomes(world, n):
 
 def enumerate_moments(world, weight_fn, n):
     """Mean and total variance of (1/n) sum_i W_i grad log pi(y_i), one outcome at a time."""
-    score = torch.autograd.functional.jacobian(lambda x: x.log_softmax(-1), LOGITS)  # row a: action a
+    score = torch.autograd.functional.jacobian(lambda x: x.log_softmax(-1), LOGITS)  # (A, A)
     mean, square = torch.zeros(3).double(), 0
     for t, actions, chance in outcomes(world, n):
         estimate = weight_fn(world.reward[t, actions]) @ score[actions] / n
@@ -46,34 +51,55 @@ def enumerate_moments(world, weight_fn, n):
     return mean, square - mean @ mean
 
 
-# ---------------------------------------------------------------- the closed forms
+# ---------------------------------------------------------------- 1. the closed forms
+
+def policy_gradient(world, logits, k):
+    """The gradient of Max@k by the policy gradient theorem, equation (2) of rspo.py.
+
+    The weight of an action, k E_M[max(R - M, 0)], is the sum of `rspo.max_at_k_weights` with
+    the estimate s_j replaced by what it estimates, F_j^(k-1).
+    """
+    policy = logits.softmax(-1)  # (A,)
+    ascending, order = world.reward.sort(dim=-1)  # (T, A)
+    none = torch.zeros_like(ascending[:, :1])  # (T, 1)
+    steps = ascending.diff(dim=-1, prepend=none)  # (T, A)  r_(j+1) - r_(j)
+    below = torch.cat([none, policy[order].cumsum(-1)[:, :-1]], -1)  # (T, A)  F_j, F_0 = 0
+    weights = k * (steps * below ** (k - 1)).cumsum(-1)  # (T, A)  sorted
+    weights = torch.empty_like(weights).scatter(-1, order, weights)  # (T, A)
+    expected = world.chance @ (weights * policy)  # (A,)  E_y[W 1(y = a)]
+    return expected - policy * expected.sum()  # (A,)  grad log pi(a) = e_a - pi
+
 
 @WORLDS
 @pytest.mark.parametrize("k", range(1, 6))
-def test_objective_and_both_gradients_equal_enumeration(world, k):
-    expected = sum(chance * world.reward[t, actions].max() for t, actions, chance in outcomes(world, k))
-    close(bandit.objective(world, LOGITS, k), expected)
-    close(bandit.policy_gradient(world, LOGITS, k), bandit.gradient(world, LOGITS, k))
-    step = 1e-5 * torch.eye(3).double()  # finite differences
-    slope = [bandit.objective(world, LOGITS + d, k) - bandit.objective(world, LOGITS - d, k) for d in step]
-    close(bandit.gradient(world, LOGITS, k), torch.stack(slope) / 2e-5, 1e-8)
+def test_objective_and_gradient_equal_enumeration_theorem_and_differences(world, k):
+    value = partial(bandit.objective, world, k=k)
+    best = sum(chance * world.reward[t, actions].max()
+               for t, actions, chance in outcomes(world, k))
+    close(value(LOGITS), best)
+    gradient = bandit.gradient(world, LOGITS, k)
+    close(gradient, policy_gradient(world, LOGITS, k))
+    slope = [value(LOGITS + d) - value(LOGITS - d) for d in 1e-5 * torch.eye(3).double()]
+    close(gradient, torch.stack(slope) / 2e-5, 1e-8)
 
 
 def test_objective_of_right_or_wrong_is_pass_at_k():
     for k in (1, 3, 16):
-        close(bandit.objective(bandit.RIGHT_OR_WRONG, tensor([.2, .8]).log(), k), tensor(1 - .8 ** k))
+        found = bandit.objective(bandit.RIGHT_OR_WRONG, tensor([.2, .8]).log(), k)
+        close(found, tensor(1 - .8 ** k))
 
 
-# ---------------------------------------------------------------- who is unbiased
+# ---------------------------------------------------------------- 2. who is unbiased
 
-FNS = {rspo.max_at_k_weights: (1, 2, 3, 4), rspo.leave_one_out_weights: (1, 2, 3), rspo.group_max_weights: (1, 2, 4)}
+FNS = {rspo.max_at_k_weights: (1, 2, 3, 4), rspo.leave_one_out_weights: (1, 2, 3),
+       rspo.group_max_weights: (1, 2, 4)}
 CASES = [(world, fn, k) for world in (GRADED, BINARY) for fn, ks in FNS.items() for k in ks]
 CASES += [(BINARY, rspo.pass_at_k_weights, k) for k in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("world, fn, k", CASES)
 def test_exactly_unbiased(world, fn, k):
-    weight_fn, truth = lambda r: fn(r, k), bandit.gradient(world, LOGITS, k)
+    weight_fn, truth = partial(fn, k=k), bandit.gradient(world, LOGITS, k)
     mean, variance = enumerate_moments(world, weight_fn, n=4)
     close(mean, truth)
     close(bandit.moments(world, LOGITS, weight_fn, n=4)[0], mean)
@@ -89,7 +115,8 @@ def test_centring_the_weights_estimates_a_mixture_of_k_and_k_minus_1(world, k):
         weights = rspo.max_at_k_weights(r, k)
         return weights - weights.mean(-1, keepdim=True)
     at_k = bandit.gradient(world, LOGITS, k)
-    below = bandit.gradient(world, LOGITS, k - 1) if k > 1 else torch.zeros(3).double()  # the best of none
+    none = torch.zeros(3).double()  # the best of no answer
+    below = bandit.gradient(world, LOGITS, k - 1) if k > 1 else none
     mean = enumerate_moments(world, centred, n=4)[0]
     close(mean, (1 - k / 4) * at_k + k / 4 * below)
     assert (mean - at_k).norm() > .04 * at_k.norm()
@@ -97,13 +124,16 @@ def test_centring_the_weights_estimates_a_mixture_of_k_and_k_minus_1(world, k):
 
 def test_the_plug_in_and_grpo_are_biased_and_no_learning_rate_repairs_it():
     tables = bandit.compare_estimators(ks=(2, 4), rates=(.0625, .25, .5, .75), n=8)
-    ratio = {name: table[..., 0] / table[..., 2] for name, table in tables.items()}  # (k, w): 1 = unbiased
-    for name in ("RSPO", "RSPO, leave-one-out", "group maximum"):
+    ratio = {name: table[..., 0] / table[..., 2] for name, table in tables.items()}  # (k, w)
+    assert bandit.UNBIASED == ["RSPO", "RSPO, leave-one-out", "group maximum"]
+    for name in bandit.UNBIASED:
         close(ratio[name], torch.ones(2, 4).double())
-    close(ratio["plug-in"][0], torch.full((4,), 7 / 8).double())  # k = 2: (n - 1) / n
-    assert (ratio["plug-in"][1] < .9).any() and ratio["plug-in"][1].max() > 1.5 * ratio["plug-in"][1].min()
-    assert ((ratio["GRPO advantage"] - 1).abs().amax(1) > 1).all()
-    assert (ratio["GRPO advantage"].amax(1) > 2 * ratio["GRPO advantage"].amin(1)).all()  # depends on w
+    plug_in, grpo = ratio["plug-in"], ratio["GRPO advantage"]
+    close(plug_in[0], torch.full((4,), 7 / 8).double())  # k = 2: (n - 1) / n
+    assert (plug_in[1] < .9).any()
+    assert plug_in[1].max() > 1.5 * plug_in[1].min()
+    assert ((grpo - 1).abs().amax(1) > 1).all()
+    assert (grpo.amax(1) > 2 * grpo.amin(1)).all()  # depends on w
 
 
 @WORLDS
@@ -119,19 +149,22 @@ def test_k_1_is_the_vanilla_policy_gradient(world):
         assert torch.equal(rspo.group_max_weights(r, 1), r.double())
 
 
-# ---------------------------------------------------------------- what it costs, and what it buys
+# ---------------------------------------------------------------- 3. what it costs, what it buys
 
 def closed_form_variances(w, k, n):
     """Total variances of RSPO and of the group maximum on RIGHT_OR_WRONG, from binomials alone.
 
-    Along the right action's logit, RSPO's estimate is c W_c (1 - w) / n with c ~ Bin(n, w); the group maximum's is
-    k/n times a sum over n/k independent groups of (c - k w) 1[c > 0] with c ~ Bin(k, w). Two logits: twice that.
+    Along the right action's logit, RSPO's estimate is c W_c (1 - w) / n with c ~ Bin(n, w); the
+    group maximum's is k/n times a sum over n/k independent groups of (c - k w) 1[c > 0] with
+    c ~ Bin(k, w). There are two logits: twice that.
     """
     def variance(value, m):
         chance = [comb(m, c) * w ** c * (1 - w) ** (m - c) for c in range(m + 1)]
         mean = sum(p * value(c) for c, p in enumerate(chance))
         return 2 * sum(p * (value(c) - mean) ** 2 for c, p in enumerate(chance))
-    ours = variance(lambda c: c * k * comb(n - c, k - 1) / comb(n - 1, k - 1) * (1 - w) / n, n)
+
+    weight = lambda c: k * comb(n - c, k - 1) / comb(n - 1, k - 1)
+    ours = variance(lambda c: c * weight(c) * (1 - w) / n, n)
     return ours, (k / n) ** 2 * (n // k) * variance(lambda c: (c - k * w) * (c > 0), k)
 
 
@@ -147,13 +180,16 @@ def test_the_group_maximum_pays_in_variance_and_more_with_k(w):
 
 
 def best_pass_at_k(k):
-    """max over policies of sum_t p_t (1 - (1 - pi_t)^k): there p_t (1 - pi_t)^(k-1) is one level, or pi_t = 0."""
-    low, high = 0., 1.
+    """max over policies pi of sum_t p_t (1 - (1 - pi_t)^k).
+
+    There p_t (1 - pi_t)^(k-1) is the same level for every t, or pi_t = 0.
+    """
+    chance, low, high = bandit.HIDDEN_TYPES.chance, 0., 1.
     for _ in range(60):  # bisect the level
         level = (low + high) / 2
-        solved = (1 - (level / bandit.HIDDEN_TYPES.chance) ** (1 / (k - 1))).clamp(min=0)
+        solved = (1 - (level / chance) ** (1 / (k - 1))).clamp(min=0)
         low, high = (level, high) if solved.sum() > 1 else (low, level)
-    return (bandit.HIDDEN_TYPES.chance * (1 - (1 - solved) ** k)).sum()
+    return (chance * (1 - (1 - solved) ** k)).sum()
 
 
 def test_training_for_k_is_best_at_k():

@@ -1,26 +1,38 @@
 """Proof that a pass@k curve, its interval and a comparison are what they are called.
 
-1. A curve equals brute force over all subsets, problem by problem, also where problems have different n; the interval
-   is mean +- 1.96 standard errors over problems; a comparison is paired by problem.
-2. evaluate.py takes the toy, a run directory, a checkpoint, samples files, alone or together, and says the same about a
-   model as about its samples.
-3. k > n is refused with the numbers, a broken samples file with file and line.
+1. A curve equals brute force over all subsets, problem by problem, also where problems have
+   different n. The majority vote counts the most frequent box.
+2. The interval is Student's: over problems, or over seeds and problems, where it covers the truth
+   about new ones. A comparison is paired by problem. A star means that 0 is outside.
+3. No number is lost in the table, which has at most 100 columns, and the file beside the figure
+   holds the same. No figure needs or changes a backend of matplotlib.
+4. evaluate.py takes the toy, a run directory, a checkpoint and samples files, alone or together,
+   and says the same about a model as about its samples. Killed, it goes on to the same bytes. A
+   model that has changed is sampled again.
+5. k > n is refused with the numbers, a broken samples file with file and line.
 """
 
+import csv
 import json
+import math
+import os
 import random
 import statistics
+import subprocess
 import sys
 from itertools import combinations
 
 import pytest
 import torch
+from conftest import ROOT
 
 import evaluate
-import policy
 import sample
-from evaluate import Curve, difference, interval, make_curve, read_samples, table
-from tasks import Problem, UserError
+import train
+from evaluate import Answer, Curve, difference, interval, make_curve, read_samples, table
+from lib import policy, run, tasks
+from lib.cli import UserError
+from lib.tasks import Problem
 
 RNG = random.Random(0)
 PROBLEMS = [Problem(f"p{i}", f"q{i}", "1=1") for i in range(12)]
@@ -30,184 +42,399 @@ REAL = [[RNG.choice([0, 0.25, RNG.random(), 1]) for _ in range(6)] for _ in rang
 UNEVEN = [group[:RNG.randrange(4, 7)] for group in RIGHT]
 
 
-# ---------------------------------------------------------------- 1. the numbers
+# ---------------------------------------------------------------- 1. curves
 
 @pytest.mark.parametrize("problems, rewards, ks, metric", [
-    (PROBLEMS, RIGHT, (1, 2, 3, 6), "pass"), (GRADED, REAL, (1, 3, 5), "max"), (PROBLEMS, UNEVEN, (1, 2, 4), "pass"), (PROBLEMS[:1], RIGHT[5:6], None, "pass")])
+    (PROBLEMS, RIGHT, (1, 2, 3, 6), "pass"), (GRADED, REAL, (1, 3, 5), "max"),
+    (PROBLEMS, UNEVEN, (1, 2, 4), "pass"), (PROBLEMS[:1], RIGHT[5:6], None, "pass")])
 def test_a_curve_equals_brute_force(problems, rewards, ks, metric):
     curve = make_curve("name", problems, rewards, ks)
-    assert (curve.name, curve.metric, curve.ks, curve.problems) == ("name", metric, ks or (1, 2, 4), tuple(p.id for p in problems))
-    brute = [[statistics.fmean(map(max, combinations(group, k))) for k in curve.ks] for group in rewards]
-    torch.testing.assert_close(curve.values, torch.tensor(brute, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert (curve.name, curve.metric, curve.ks) == ("name", metric, ks or (1, 2, 4))
+    assert curve.problems == tuple(p.id for p in problems)
+    brute = [[statistics.fmean(map(max, combinations(group, k))) for k in curve.ks]
+             for group in rewards]
+    brute = torch.tensor(brute, dtype=torch.float64)
+    torch.testing.assert_close(curve.values, brute, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("ks, said", [((7,), "k is 7, but x has n = 6"), ((1, 100), "k is 100, but x has n = 6")])
-def test_k_above_n_is_refused_with_the_numbers(ks, said):
+@pytest.mark.parametrize("ks, rewards, said", [
+    ((7,), RIGHT, "k is 7, but x has n = 6"), ((1, 100), RIGHT, "k is 100, but x has n = 6"),
+    ((0, 1), RIGHT, "k is 0, but x has n = 6"),
+    ((6,), [*RIGHT[:11], RIGHT[11][:4]], "has n = 4")])  # the fewest answers count
+def test_k_above_n_is_refused_with_the_numbers(ks, rewards, said):
     with pytest.raises(UserError, match=said):
-        make_curve("x", PROBLEMS, RIGHT, ks)
-    with pytest.raises(UserError, match="has n = 4"):
-        make_curve("x", PROBLEMS, [*RIGHT[:11], RIGHT[11][:4]], (6,))                    # the problem with the fewest answers counts
+        make_curve("x", PROBLEMS, rewards, ks)
 
 
-@pytest.mark.parametrize("n, ks", [(1, (1,)), (6, (1, 2, 4)), (32, (1, 2, 4, 8, 16, 32)), (33, (1, 2, 4, 8, 16, 32))])
+@pytest.mark.parametrize("n, ks", [
+    (1, (1,)), (6, (1, 2, 4)), (32, (1, 2, 4, 8, 16, 32)), (33, (1, 2, 4, 8, 16, 32))])
 def test_default_ks_are_the_powers_of_two_up_to_n(n, ks):
     assert evaluate.powers_of_two(n) == ks
 
 
-def test_the_interval_is_over_problems():
-    values = make_curve("x", PROBLEMS, RIGHT, (1, 2)).values
+def test_the_majority_vote_counts_the_most_frequent_box_and_shares_a_tie():
+    box = lambda *said: [Answer(f"so \\boxed{{{each}}}", True, 1 + i)
+                         for i, each in enumerate(said)]
+    cut = Answer("\\boxed{7}", False, 9)
+    groups = [box("1", "2", "2 ", "3"), box("1", "1", "2", "2"),
+              [*box("5"), cut, cut, Answer("no box", True, 1)], [cut] * 4]
+    rewards = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    found = evaluate.describe_answers(groups, rewards)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "maj@4": [0, 0.5, 0.5, 0], "tokens": [2.5, 2.5, 5, 9], "cut off": [0, 0, 0.5, 1]}
+
+
+# ---------------------------------------------------------------- 2. intervals and comparisons
+
+def quantile_by_integration(freedom):
+    """Where Student's density, integrated numerically, has 97.5 % of its mass below."""
+    c = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.pi**0.5
+    below = lambda t: 0.5 + c * simpson(math.atan(t / freedom**0.5))
+
+    def simpson(end, parts=400):  # of cos^(freedom - 1), after t = sqrt(freedom) tan(x)
+        values = [math.cos(end * i / parts) ** (freedom - 1) for i in range(parts + 1)]
+        inner = 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])
+        return (values[0] + inner + values[-1]) * end / parts / 3
+    low, high = 0.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < 0.975 else (low, middle)
+    return low
+
+
+def test_the_quantile_is_students():
+    assert quantile_by_integration(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-6)
+    for freedom in (*range(1, 40), 60, 100, 199, 1000, 10**5):
+        exact = quantile_by_integration(freedom)
+        assert evaluate.student(freedom) == pytest.approx(exact, rel=0.01), freedom
+    for tenth in range(10, 400):  # in between: never much too narrow
+        assert evaluate.student(tenth / 10) > 0.99 * quantile_by_integration(tenth / 10)
+
+
+def test_the_interval_over_problems():
+    values = make_curve("x", PROBLEMS, RIGHT, (1, 2)).values  # (M, K)
     mean, half = interval(values)
     for k in range(2):
         column = values[:, k].tolist()
+        error = statistics.stdev(column) / 12**0.5
         assert mean[k].item() == pytest.approx(statistics.fmean(column), rel=1e-12)
-        assert half[k].item() == pytest.approx(1.96 * statistics.stdev(column) / 12 ** 0.5, rel=1e-12)
-    assert interval(values[:1])[1].isnan().all()                  # one problem says nothing about others
+        assert half[k].item() == pytest.approx(quantile_by_integration(11) * error, rel=0.01)
+    torch.testing.assert_close(interval(values[None]), (mean, half))  # one seed
+    assert interval(values[:1])[1].isnan().all()  # one problem says nothing about others
+
+
+def test_the_interval_over_seeds_and_problems():
+    """The degrees of freedom are those of Welch and Satterthwaite."""
+    S, M = 4, 7
+    values = torch.randn(S, M, 2, generator=torch.Generator().manual_seed(0)).double()
+    mean, half = interval(values)
+    for k in range(2):
+        rows = values[:, :, k].tolist()
+        parts = [(statistics.variance(map(statistics.fmean, each)) / len(each), len(each) - 1)
+                 for each in (rows, list(zip(*rows)))]
+        total = sum(part for part, _ in parts)
+        freedom = total**2 / sum(part**2 / free for part, free in parts)
+        assert mean[k].item() == pytest.approx(statistics.fmean(map(statistics.fmean, rows)))
+        assert half[k].item() == pytest.approx(evaluate.student(freedom) * total**0.5, rel=1e-6)
+    values = torch.tensor([[1., 3.], [5., 3.]]).double()[..., None]  # seed means 2, 4; problems 3
+    assert [each.item() for each in interval(values)] == [3, pytest.approx(12.71, rel=0.01)]
+    assert [each.item() for each in interval(torch.ones(3, 5, 1).double())] == [1, 0]
+
+
+@pytest.mark.parametrize("of_seeds, of_problems", [(0.3, 1.0), (1.0, 0.3), (0.0, 0.0)])
+def test_the_interval_covers_the_truth_over_new_seeds_and_new_problems(of_seeds, of_problems):
+    torch.manual_seed(0)
+    covered, trials = 0, 2000
+    for _ in range(trials):
+        values = torch.randn(5, 40, 1)
+        values += of_seeds * torch.randn(5, 1, 1) + of_problems * torch.randn(1, 40, 1)
+        mean, half = interval(values.double())
+        covered += (mean.abs() <= half).item()
+    assert 0.94 <= covered / trials <= 0.999
 
 
 def test_a_comparison_is_paired_by_problem():
-    before, after = make_curve("b", PROBLEMS, RIGHT, (1, 2, 4)), make_curve("a", PROBLEMS[::-1][:9], RIGHT[::-1][:9], (2, 4, 5))
-    ks, mean, half = difference(after, before)
-    assert ks == (2, 4) and mean.tolist() == [0, 0] and half.tolist() == [0, 0]         # the same answers, shuffled: exactly no change
-    better = make_curve("a", PROBLEMS[:9], [[1.0, *group[1:]] for group in RIGHT[:9]], (1, 4))
-    ks, mean, half = difference(better, before)
-    gains = [statistics.fmean([1.0, *group[1:]]) - statistics.fmean(group) for group in RIGHT[:9]]
-    assert ks == (1, 4) and mean[0].item() == pytest.approx(statistics.fmean(gains)) and len(gains) == 9
-    assert half[0].item() == pytest.approx(1.96 * statistics.stdev(gains) / 3)
+    before = make_curve("b", PROBLEMS, RIGHT, (1, 2, 4))
+    shuffled = make_curve("a", PROBLEMS[::-1][:9], RIGHT[::-1][:9], (2, 4, 5))
+    ks, mean, half = difference(shuffled, before)  # the same answers: exactly no change
+    assert (ks, mean.tolist(), half.tolist()) == ((2, 4), [0, 0], [0, 0])
+
+    raised = [[1.0, *group[1:]] for group in RIGHT[:9]]
+    ks, mean, half = difference(make_curve("a", PROBLEMS[:9], raised, (1, 4)), before)
+    gains = [statistics.fmean(new) - statistics.fmean(old) for new, old in zip(raised, RIGHT)]
+    assert ks == (1, 4) and mean[0].item() == pytest.approx(statistics.fmean(gains))
+    error = statistics.stdev(gains) / 3
+    assert half[0].item() == pytest.approx(evaluate.student(8) * error, rel=1e-6)
+
     other = Curve("o", "pass", (1,), torch.zeros(2, 1), ("x", "y"))
-    assert difference(other, before) is None and difference(make_curve("g", GRADED, REAL), before) is None
+    assert difference(other, before) is None
+    assert difference(make_curve("g", GRADED, REAL), before) is None
+    assert difference(make_curve("k", PROBLEMS, RIGHT, (3,)), before) is None
 
 
-def test_a_star_marks_differences_whose_interval_excludes_0():
-    flat = lambda name, *values: Curve(name, "pass", (1, 2), torch.tensor(values, dtype=torch.float64), tuple("abcd"[:len(values)]))
-    before = flat("base", [.1, .5], [.2, .5], [.3, .5], [.4, .5])
-    lines = table([before, flat("run", [.3, .5], [.4, .9], [.5, .1], [.61, .5])]).splitlines()
-    assert lines[0].split() == ["pass@1", "pass@2"] and lines[1].split() == ["base", "0.250", "+-", "0.127", "0.500", "+-", "0.000"]
-    assert lines[3].split() == ["run", "-", "base", "+0.203", "+-", "0.005*", "+0.000", "+-", "0.320"]
-    assert lines[-1].startswith("95 % intervals over 4 problems")
+def test_a_comparison_over_seeds_is_paired_by_seed_and_problem():
+    torch.manual_seed(0)
+    names, noise = tuple("abcdef"), 9 * torch.randn(3, 6, 1).double()
+    gain = torch.tensor([0.1, 0.2, 0.3]).double()[:, None, None]
+    before = Curve("b", "pass", (1,), noise, names)
+    after = Curve("a", "pass", (1,), (noise + gain)[:, [5, 4, 3, 2, 1, 0]], names[::-1])
+    ks, mean, half = difference(after, before)
+    assert mean.item() == pytest.approx(0.2)
+    assert half.item() == pytest.approx(evaluate.student(2) * 0.1 / 3**0.5, rel=1e-6)
 
 
-# ---------------------------------------------------------------- 2. the script
+# ---------------------------------------------------------------- 3. tables and figures
 
-def run(monkeypatch, capsys, module, *flags):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
-    module.main()
-    return capsys.readouterr().out
+def curves_named(names, ks=(1, 2), M=6, data="", tokens=9.0):
+    torch.manual_seed(0)
+    return [Curve(name, "pass", ks, torch.rand(M, len(ks)).double() * 0.999,
+                  tuple(f"p{i}" for i in range(M)), data,
+                  {"tokens": tokens * torch.rand(M).double(), "cut off": torch.zeros(M).double()})
+            for name in names]
+
+
+def test_a_star_marks_changes_whose_interval_excludes_0():
+    flat = lambda name, *values: Curve(name, "pass", (1, 2), torch.tensor(values).double(),
+                                       tuple("abcd"))
+    base = flat("base", [.1, .5], [.2, .5], [.3, .5], [.4, .5])
+    after = flat("run", [.3, .5], [.4, .875], [.5, .125], [.62, .5])
+    head, first, second, change, last = table([base, after]).splitlines()
+    assert head.split() == ["pass@1", "pass@2"]
+    assert first.split() == ["base", ".250+-.205", ".500+-.000"]
+    assert second.split() == ["run", ".455+-.218", ".500+-.487"]
+    assert change.split()[-2:] == ["+.205+-.016*", "+.000+-.487"]
+    assert last.startswith("95 % intervals over 4 problems; * = a change whose interval")
+
+
+@pytest.mark.parametrize("mean, half, minus, shown", [
+    (.0101, .01, "base", "+.010+-.010*"), (.0099, .01, "base", "+.010+-.010"),
+    (-.0101, .01, "base", "-.010+-.010*"), (-.0099, .01, "base", "-.010+-.010"),
+    (.5, math.nan, "base", "+.500+-nan"), (.5, .01, "", ".500+-.010"), (1, 0, "", "1.000+-.000"),
+    (20.04, 1.5, "", "20.0+-1.5"), (-20.04, 1.5, "base", "-20.0+-1.5*")])
+def test_a_cell_is_a_number_its_half_width_and_a_star(mean, half, minus, shown):
+    row = {"mean": mean, "half_width_95": half, "minus": minus}
+    assert evaluate.cell(row).strip() == shown
+
+
+LONG = "Qwen2.5-Math-1.5B-Instruct-passk-k8-20261125-013000-"
+
+
+@pytest.mark.parametrize("name, data, n, tokens", [
+    ("{}", "math500", 64, 9.0), (LONG + "{}", "", 64, 9.0), ("{}-" + LONG, "math500", 64, 9.0),
+    ("{}", "/home/someone/" + "a-long-folder/" * 6 + "x.jsonl", 64, 9.0),
+    ("sixteen-letters{}", "", 8, 3e4)])
+def test_the_table_has_at_most_100_columns_and_loses_no_number(name, data, n, tokens):
+    ks = evaluate.powers_of_two(n)
+    for count in (1, 2, 4):
+        names = [name.format(i) for i in range(count)]
+        curves = curves_named(names, ks, data=data, tokens=tokens)
+        lines = table(curves).splitlines()
+        assert max(map(len, lines)) <= 100
+        printed = sorted(word for line in lines for word in line.split() if "+-" in word)
+        assert printed == sorted(evaluate.cell(row).strip() for row in evaluate.summary(curves))
+        assert len(printed) == count * (len(ks) + 2) + (count - 1) * len(ks)
+
+
+def test_the_numbers_are_of_each_data_set_and_its_own_problems():
+    here, there = curves_named(["a", "b"], data="x"), curves_named(["a"], M=4, data="y")
+    other = Curve("c", "pass", (1, 2), torch.rand(3, 2).double(), ("p1", "p2", "new"), "x")
+    rows = evaluate.summary([*here, other, *there])
+    found = [(row["data"], row["model"], row["minus"]) for row in rows]
+    assert list(dict.fromkeys(found)) == [("x", "a", ""), ("x", "b", ""), ("x", "b", "a"),
+                                          ("x", "c", ""), ("x", "c", "a"), ("y", "a", "")]
+    problems = {key: row["problems"] for key, row in zip(found, rows)}
+    assert list(problems.values()) == [6, 6, 6, 3, 2, 4]  # two of c's problems are a's
+    text = table([*here, other, *there])
+    assert "over 6, 3, 2, 4 problems" in text or "over 6, 3, 4 problems" in text
+
+
+DRAW = """if True:
+    import json, sys
+    from pathlib import Path
+    import ablate, bandit, evaluate, train, matplotlib, torch
+    curves = [evaluate.Curve(name, "pass", (1, 2), torch.rand(3, 2), ("a", "b", "c"))
+              for name in "xy"]
+    folder = Path(sys.argv[1])
+    evaluate.plot(curves, folder / "curves.png", "title")
+    row = {"reward": 0.5, "pass@k": 0.5, "entropy": 1.0, "zero_weight_prompts": 0.0,
+           "completion_tokens": 9.0, "grad_norm": 1.0}
+    evaluate.plot_history([{"step": i, **row} for i in (1, 2)], folder / "history.png")
+    changes = {"y": evaluate.difference(curves[1], curves[0])}
+    ablate.draw(curves, changes, {name: {0: ({}, [row, row])} for name in "xy"},
+                folder / "report.png")
+    print([name for name in sys.modules if "matplotlib.pyplot" in name or "backend_tk" in name])
+    print(dict.__getitem__(matplotlib.rcParams, "backend"))"""
+
+
+def test_no_figure_needs_or_changes_a_backend(tmp_path):
+    """With a backend that cannot be loaded, such as a notebook's outside its notebook."""
+    done = subprocess.run(
+        [sys.executable, "-c", DRAW, tmp_path], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "MPLBACKEND": "module://nowhere"})
+    assert done.stdout == "[]\nmodule://nowhere\n", done.stderr
+    for name in ("curves", "history", "report"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------- 4. the script
+
+@pytest.fixture
+def go(capsys):
+    """What a script prints, called with flags."""
+    def main(module, *flags):
+        module.main([str(each) for each in flags])
+        return capsys.readouterr().out
+    return main
+
+
+def numbers(path):
+    """Of a .csv: (data, model, minus) -> metric -> mean and half width."""
+    found = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["data"], row["model"], row["minus"]
+            both = float(row["mean"]), float(row["half_width_95"])
+            found.setdefault(key, {})[row["metric"]] = both
+    return found
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run directory as train.py leaves it, with an adapter that does something."""
-    run, model = tmp_path_factory.mktemp("runs") / "trained", policy.add_lora(policy.load_model("toy")[0], 4, 8, seed=0)
-    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    args = train.settle(["--run", str(folder), "--limit", "9", "--lora-rank", "4"])
+    args.data, args.eval_data = "countdown:train", "countdown:test"
+    model = policy.add_lora(policy.load_model(str(run.TOY))[0], 4, seed=0)
     for parameter in policy.trainable(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
-    policy.save_checkpoint(run, 7, model, torch.optim.AdamW(policy.trainable(model).values()), {})
-    flags = {"model": "toy", "eval_data": "countdown:test", "limit": 9, "temperature": 1.0, "max_new_tokens": 12, "sampler": "hf", "dtype": "auto",
-             "load_in_4bit": False, "seed": 0}
-    (run / "config.json").write_text(json.dumps({"flags": flags}))
-    return run
+    made = run.Run(folder, train.config_of(args, [], []))
+    made.step = 7
+    made.save(policy.Learner(model, 1e-3, 1.0, 10**4))
+    return folder
 
 
-def test_a_model_and_its_samples_are_judged_alike(monkeypatch, capsys, tmp_path, trained):
+def test_a_model_and_its_samples_are_judged_alike(go, tmp_path, trained):
     samples = {}
-    for source in ("toy", str(trained), str(trained / "step_000007")):
+    for source in ("toy", trained, trained / "step_000007"):
         samples[source] = tmp_path / f"{len(samples)}.jsonl"
-        run(monkeypatch, capsys, sample, "--model", source, "--n", 8, "--limit", 9, "--out", samples[source])
+        go(sample, "--model", source, "--n", 8, "--limit", 9, "--out", samples[source])
     figure = tmp_path / "new" / "folder" / "curves.png"
-    printed = run(monkeypatch, capsys, evaluate, "--n", 8, "--limit", 9, "--out", figure, "--model", *samples, *samples.values())
-    row = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:7]}
-    assert row["toy"] == row["0.jsonl"] and row["trained"] == row["1.jsonl"] == row["step_000007"] == row["2.jsonl"] != row["toy"]
-    problems, groups, _, _ = read_samples(samples["toy"])
-    by_hand = make_curve("", problems, [[float(evaluate.tasks.grade_countdown(text, p.answer)) for text, _ in g] for p, g in zip(problems, groups)])
-    assert row["toy"][::3][:4] == [f"{value:.3f}" for value in by_hand.values.mean(0).tolist()]
-    assert "0.jsonl - toy" in printed and "over 9 problems" in printed and figure.read_bytes()[:4] == b"\x89PNG"
+    printed = go(evaluate, "--n", 8, "--limit", 9, "--out", figure,
+                 "--model", *samples, *samples.values())
+    found = numbers(figure.with_suffix(".csv"))
+    of = lambda name: found["countdown:test", name, ""]
+    assert of("toy") == of("0.jsonl") != of("trained")
+    assert of("trained") == of("1.jsonl") == of("step_000007") == of("2.jsonl")
+    assert set(of("toy")) == {"pass@1", "pass@2", "pass@4", "pass@8", "maj@8", "tokens", "cut off"}
+
+    problems, groups, data = read_samples(samples["toy"])
+    rewards = [[float(a.finished) * tasks.grade_countdown(a.text, p.answer) for a in group]
+               for p, group in zip(problems, groups)]
+    by_hand = make_curve("", problems, rewards)
+    for k, mean, half in zip(by_hand.ks, *interval(by_hand.values)):
+        assert of("toy")[f"pass@{k}"] == pytest.approx((mean.item(), half.item()), rel=1e-6)
+    assert of("toy")["cut off"][0] == statistics.fmean(not a.finished for g in groups for a in g)
+    assert set(found["countdown:test", "0.jsonl", "toy"].values()) == {(0.0, 0.0)}
+    assert "over 9 problems" in printed and figure.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_brings_its_own_settings(monkeypatch, capsys, tmp_path, trained):
-    printed = run(monkeypatch, capsys, evaluate, "--model", trained, "--n", 2, "--out", tmp_path / "x.png")
-    assert "over 9 problems" in printed and printed.splitlines()[0].split()[:4] == ["countdown:test", "pass@1", "pass@2", "maj@2"]
+def test_a_run_brings_its_own_settings(go, tmp_path, trained):
+    printed = go(evaluate, "--model", trained, "--n", 2, "--out", tmp_path / "x.png")
+    head = "countdown:test pass@1 pass@2 maj@2 tokens cut off".split()
+    assert "over 9 problems" in printed and printed.splitlines()[0].split() == head
+    [samples] = (tmp_path / "x").iterdir()
+    row = json.loads(samples.read_text().split("\n")[0])
+    assert (row["temperature"], row["max_new_tokens"], row["n"]) == (1.0, 12, 2)
 
 
-def test_graded_data_gives_max_at_k_at_the_ks_asked_for(monkeypatch, capsys, tmp_path):
-    printed = run(monkeypatch, capsys, evaluate, "--data", "countdown-graded:test", "--limit", 5, "--n", 6, "--k", "3,1", "--out", tmp_path / "x.png")
-    assert printed.splitlines()[0].split()[:4] == ["countdown-graded:test", "max@1", "max@3", "maj@6"] and "over 5 problems" in printed
+def test_graded_data_gives_max_at_k_at_the_ks_asked_for(go, tmp_path):
+    printed = go(evaluate, "--data", "countdown-graded:test", "--limit", 5, "--n", 6, "--k", "3,1",
+                 "--out", tmp_path / "x.png")
+    head = ["countdown-graded:test", "max@1", "max@3", "maj@6"]
+    assert printed.splitlines()[0].split()[:4] == head and "over 5 problems" in printed
 
 
-def test_the_majority_vote_counts_the_most_frequent_box_and_shares_a_tie():
-    box = lambda *answers: [(f"so \\boxed{{{answer}}}", True) for answer in answers]
-    groups = [box("1", "2", "2 ", "3"), box("1", "1", "2", "2"), [*box("5"), ("\\boxed{7}", False), ("\\boxed{7}", False), ("no box", True)], [("x", False)] * 4]
-    rewards = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    found = evaluate.describe_answers(groups, [[1, 2, 3, 6]] * 4, rewards)
-    assert found["maj@4"].tolist() == [0, 0.5, 0.5, 0] and found["tokens"].tolist() == [3] * 4 and found["cut off"].tolist() == [0, 0, 0.5, 1]
-
-
-def test_several_data_sets_give_one_table_numbers_beside_it_and_are_not_sampled_twice(monkeypatch, capsys, tmp_path):
-    data = [tmp_path / "easy" / "test.jsonl", tmp_path / "hard" / "test.jsonl"]            # the same name, the same ids
+def test_several_data_sets_give_one_table_and_are_not_sampled_twice(go, monkeypatch, tmp_path):
+    data = [tmp_path / "easy" / "test.jsonl", tmp_path / "hard" / "test.jsonl"]  # the same ids
     for i, path in enumerate(data):
         path.parent.mkdir()
-        path.write_text("".join(json.dumps({"id": f"p{j}", "problem": f"{i}{j}", "answer": "1", "prompt": f"{j}{i}="}) + "\n" for j in range(3 + i)))
-    flags = ["--data", ",".join(map(str, data)), "--n", 4, "--max-new-tokens", 5, "--out", tmp_path / "x.png", "--limit", 9]
-    first = run(monkeypatch, capsys, evaluate, *flags)
-    assert first.count("pass@1") == 3 and "mean of 2 data sets" in first and "over 3, 4 problems" in first
-    rows = json.loads((tmp_path / "x.json").read_text())
-    assert {(row["data"], row["metric"]) for row in rows} == {(str(d), m) for d in data for m in ("pass@1", "pass@2", "pass@4", "maj@4", "tokens", "cut off")}
-    assert len((tmp_path / "x.csv").read_text().splitlines()) == len(rows) + 1 and [row["problems"] for row in rows[::6]] == [3, 4]
+        rows = [{"id": f"p{j}", "problem": f"{i}{j}", "answer": "1", "prompt": f"{j}{i}="}
+                for j in range(3 + i)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", ",".join(map(str, data)), "--n", 4, "--max-new-tokens", 5, "--limit", 9,
+             "--out", tmp_path / "x.png"]
+    first = go(evaluate, *flags)
+    assert first.count("pass@1") == 2 and "over 3, 4 problems" in first
+    found = numbers(tmp_path / "x.csv")
+    assert list(found) == [(str(each), "toy", "") for each in data]
+    metrics = ["pass@1", "pass@2", "pass@4", "maj@4", "tokens", "cut off"]
+    assert all(list(row) == metrics for row in found.values())
+
     monkeypatch.setattr(sample, "open_sampler", lambda *_: 1 / 0)
-    again = run(monkeypatch, capsys, evaluate, *flags)
-    assert again.count("is complete already") == 2 and again.split("is complete already")[-1].split("\n", 1)[1] == first
+    again = go(evaluate, *flags)
+    assert again.count("is complete") == 2 and again.endswith(first)
+    monkeypatch.undo()
+    (tmp_path / "x").rename(tmp_path / "y")  # the samples are drawn again, the same
+    assert go(evaluate, *flags) == first
 
 
-def test_an_evaluation_that_was_killed_goes_on_and_says_the_same(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sample.HFSampler, "block_tokens", 4 * 3 * 20)
+def test_an_evaluation_that_was_killed_goes_on_and_says_the_same(go, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample.HFSampler, "block", 4)
     flags = lambda name: ["--n", 3, "--limit", 10, "--out", tmp_path / f"{name}.png"]
-    whole = run(monkeypatch, capsys, evaluate, *flags("whole"))
-    original, seen = sample.HFSampler.generate, []
+    whole = go(evaluate, *flags("whole"))
+    original, calls = sample.HFSampler.generate, []
 
     def dies(self, *arguments):
-        seen.append(1)
-        return original(self, *arguments) if len(seen) < 3 else 1 / 0
+        calls.append(arguments)
+        return original(self, *arguments) if len(calls) < 3 else 1 / 0
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(sample.HFSampler, "generate", dies)
-        run(monkeypatch, capsys, evaluate, *flags("killed"))
-    left, = (tmp_path / "killed").iterdir()
-    assert len(left.read_text().splitlines()) == 8
-    assert run(monkeypatch, capsys, evaluate, *flags("killed")).replace("killed", "whole") == whole
+        go(evaluate, *flags("killed"))
+    [left] = (tmp_path / "killed").iterdir()
+    lines = left.read_text().split("\n")
+    assert len(lines) == 9  # two blocks and nothing behind their newline
+    left.write_text("\n".join([*lines[:6], lines[6][:30]]))  # half a row, half a block
+    assert go(evaluate, *flags("killed")).replace("killed", "whole") == whole
     assert left.read_text() == (tmp_path / "whole" / left.name).read_text()
 
 
-def test_samples_of_a_model_that_has_changed_are_not_taken_for_its_own(monkeypatch, capsys, tmp_path, trained):
+def test_a_model_that_has_changed_is_sampled_again(go, tmp_path, trained):
     flags = ["--model", trained, "--n", 2, "--out", tmp_path / "x.png"]
-    run(monkeypatch, capsys, evaluate, *flags)
+    go(evaluate, *flags)
+    assert "is complete" in go(evaluate, *flags)
     (trained / "step_000007" / "adapter_model.safetensors").touch()
-    assert "complete already" not in run(monkeypatch, capsys, evaluate, *flags) and len(list((tmp_path / "x").iterdir())) == 2
+    assert "is complete" not in go(evaluate, *flags)
+    assert len(list((tmp_path / "x").iterdir())) == 2
 
 
-# ---------------------------------------------------------------- 3. refusals
+# ---------------------------------------------------------------- 5. refusals
+
+GOOD = {"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=22",
+        "data": "countdown", "answers": [{"text": "3*5+7", "finished": True, "tokens": 6}] * 3}
 
 
-@pytest.mark.parametrize("flags, said", [(["--n", 3], "--n does not apply"), (["--data", "math500"], "holds answers to 'countdown', not to --data math500")])
-def test_flags_that_cannot_apply_to_drawn_samples_are_refused(monkeypatch, capsys, tmp_path, flags, said):
-    (tmp_path / "s.jsonl").write_text(json.dumps(GOOD) + "\n")
-    with pytest.raises(UserError, match=said):
-        run(monkeypatch, capsys, evaluate, "--model", tmp_path / "s.jsonl", "--out", tmp_path / "x.png", *flags)
-
-GOOD = {"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=22", "data": "countdown",
-        "answers": [{"text": "3*5+7", "finished": True, "tokens": 6}] * 3}
-
-
-@pytest.mark.parametrize("bad", ["", "{", "[]", "null", json.dumps({**GOOD, "answers": []}), json.dumps({**GOOD, "answers": [{"text": "x"}]}),
-                                 json.dumps({**GOOD, "answers": 5}), json.dumps({k: v for k, v in GOOD.items() if k != "answer"}),
-                                 json.dumps({**GOOD, "task": "chess"}), json.dumps({**GOOD, "answer": "22"}), json.dumps(GOOD)[:-20]])
-def test_a_broken_samples_file_is_refused_with_file_and_line(monkeypatch, capsys, tmp_path, bad):
+@pytest.mark.parametrize("bad", [
+    "", "{", "[]", "null", json.dumps(GOOD)[:-20],
+    *[json.dumps(GOOD | change) for change in (
+        {"answers": []}, {"answers": [{"text": "x"}]}, {"answers": 5}, {"answers": ["x"]},
+        {"answers": [{"text": 5, "finished": True, "tokens": 6}]}, {"answer": None},
+        {"answers": [{"text": "x", "finished": True, "tokens": -1}]},
+        {"task": "chess"}, {"answer": "22"}, {"problem": 5})],
+    json.dumps({name: value for name, value in GOOD.items() if name != "answer"})])
+def test_a_broken_samples_file_is_refused_with_file_and_line(go, tmp_path, bad):
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join([json.dumps(GOOD), bad, json.dumps({**GOOD, "id": "j"})]))
+    if not bad:  # an empty line is none
+        return go(evaluate, "--model", path, "--out", tmp_path / "x.png")
     with pytest.raises(UserError) as refused:
-        run(monkeypatch, capsys, evaluate, "--model", path, "--out", tmp_path / "x.png")
-    assert f"{path}, line 2" in str(refused.value)
+        go(evaluate, "--model", path, "--out", tmp_path / "x.png")
+    assert f"{path}, line 2" in str(refused.value) and not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("content, said", [(b"", "holds no problems"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read")])
-def test_an_empty_or_missing_samples_file_is_refused(tmp_path, content, said):
+@pytest.mark.parametrize("content, said", [
+    (b"", "holds 0 data sets"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read"),
+    ("\n".join(json.dumps({**GOOD, "data": d}) for d in "ab").encode(), "holds 2 data sets")])
+def test_an_empty_or_missing_or_mixed_samples_file_is_refused(tmp_path, content, said):
     if content is not None:
         (tmp_path / "s.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"s.jsonl {said}"):
@@ -215,11 +442,19 @@ def test_an_empty_or_missing_samples_file_is_refused(tmp_path, content, said):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--n", 4, "--k", "1,8"], "--k is 1,8, but every k must lie in 1..n = 4"), (["--n", 4, "--k", 0], "1..n = 4"), (["--k", "x"], "'x' is not a number"),
-    (["--model", "s.jsonl", "--k", 4], "k is 4, but s.jsonl has n = 3"), (["--model", "s.jsonl", "--k", 0], "k is 0"), (["--k", "1,,2"], "'1,,2'"), (["--temperature", -1], "--temperature is -1")])
-def test_what_cannot_be_estimated_is_refused_before_any_figure(monkeypatch, capsys, tmp_path, flags, said):
+    ("--n 4 --k 1,8", "k is 8, but --model toy has n = 4"), ("--n 4 --k 0", "k is 0"),
+    ("--k x", "--k is 'x', but must be a number or a list (1,4,16)"), ("--k 1,,2", "'1,,2'"),
+    ("--model s.jsonl --k 4", "k is 4, but s.jsonl has n = 3"), ("--model s.jsonl --k 0", "k is 0"),
+    ("--model s.jsonl --n 3", "--n does not apply to samples that are drawn already"),
+    ("--model s.jsonl --data math500", "holds answers to 'countdown', not to --data math500"),
+    ("--model tox", "'tox' is unknown, did you mean 'toy'"), ("--data mathh", "did you mean"),
+    ("--temperature -1", "--temperature is -1"), ("--tempreature 1", "did you mean")])
+def test_what_cannot_be_estimated_is_refused_before_any_figure(
+        go, monkeypatch, tmp_path, flags, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.jsonl").write_text(json.dumps(GOOD) + "\n")
+    monkeypatch.setattr(sample, "open_sampler", lambda *_: 1 / 0)
     with pytest.raises(UserError) as refused:
-        run(monkeypatch, capsys, evaluate, *flags, *([] if "s.jsonl" in flags else ["--limit", 2]))
-    assert said in str(refused.value).replace("--k is 0", "k is 0") and not (tmp_path / "runs").exists()
+        go(evaluate, *flags.split())
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]

@@ -1,63 +1,86 @@
-"""Proof that the mathematics grader says what a careful human marker would, and survives any text.
+r"""Proof that the marker says what a careful human marker would, and survives any text.
 
-1. grader_cases.jsonl: 1,840 pairs of a gold answer and a boxed one, labelled by hand before the grader was asked. The
-   golds are those of MATH, MinervaMath, OlympiadBench, AIME, AMC and GSM8K ("source"), the answers to them our own. At
-   least 98 % are judged right, and exactly those with a "miss" (its reason) are not. Batch 1 and 2 also shaped the
-   grader; batch 3 was written after it and judged 97.7 % right at its first run. Nine labels about percent signs were
-   changed later, with the rule that a percent sign must stand as the gold answer has it.
-2. Real golds (where the benchmark files are at hand): each equals itself in other spacing and brackets, with \\dfrac,
-   a full stop or dollar signs; numbers that differ are never equal.
-3. The box: the last balanced one counts, an unclosed one does not, an empty one earns nothing.
-4. Hostile text earns 0 without an error, without a dead worker, or at the cost of one time limit.
+1. grader_cases.jsonl: pairs of a gold answer and a boxed one, labelled by hand before the marker
+   was asked. The golds are those of MATH, MinervaMath, OlympiadBench, AIME, AMC and GSM8K
+   ("source"), the answers to them our own. At least 97.5 % are judged right, at most 3 are paid
+   wrongly, and exactly those with a "miss" (its reason) are misjudged. Batches 1 to 3 are older
+   than this marker; batch 4 was written and labelled after it.
+2. Real golds, where the benchmark files are at hand: each equals itself in other spacing and
+   brackets, with \dfrac, a full stop or dollar signs; numbers that differ are never equal.
+3. What differs little is not equal: tiny, huge and neighbouring numbers, functions that differ at
+   a few points only, one side of an equation, an answer of which a part is missing.
+4. The box: the last balanced one counts, an unclosed one does not, an empty one earns nothing.
+5. Hostile text earns 0 without an error and without a dead worker.
+6. A worker that hangs, swells or dies costs its answer alone; a slow machine costs nothing.
 """
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
 
-import tasks
 from conftest import ROOT
+from lib import marker
 
-CASES = [json.loads(line) for line in (ROOT / "tests" / "grader_cases.jsonl").read_text(encoding="utf-8").split("\n") if line]
+LINES = (ROOT / "tests" / "grader_cases.jsonl").read_text(encoding="utf-8").split("\n")
+CASES = [json.loads(line) for line in LINES if line]
 DATA = ROOT.parent / "shared" / "data"
 
 
-def graded(pairs):
-    """Rewards of (boxed answer, gold) by the workers."""
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(lambda pair: tasks.grade(f"So it is \\boxed{{{pair[0]}}}.", pair[1]), pairs))
+def marked(pairs):
+    """Rewards of (boxed answer, gold)."""
+    return marker.mark([(f"So it is \\boxed{{{boxed}}}.", gold) for boxed, gold in pairs])
 
 
 # ---------------------------------------------------------------- 1. labelled cases
 
-def test_the_grader_agrees_with_the_labels_and_every_miss_is_listed():
-    values = graded((case["given"], case["gold"]) for case in CASES)
-    wrong = {(case["gold"], case["given"]) for case, value in zip(CASES, values, strict=True) if value != case["right"]}
-    assert wrong == {(case["gold"], case["given"]) for case in CASES if "miss" in case}
-    assert len(wrong) <= 0.02 * len(CASES)
+def test_the_marker_agrees_with_the_labels_and_every_miss_is_listed():
+    values = marked((case["given"], case["gold"]) for case in CASES)
+    wrong = [case for case, value in zip(CASES, values, strict=True) if value != case["right"]]
+    key = lambda case: (case["gold"], case["given"])
+    assert set(map(key, wrong)) == {key(case) for case in CASES if "miss" in case}
+    assert len(wrong) <= 0.025 * len(CASES)
+    assert sum(not case["right"] for case in wrong) <= 3
 
 
 def test_the_labelled_set_is_what_it_says():
-    assert len({(case["gold"], case["given"]) for case in CASES}) == len(CASES) >= 300
-    assert all(set(case) - {"miss"} == {"gold", "given", "right", "source", "why", "batch"} for case in CASES)
+    assert len({(case["gold"], case["given"]) for case in CASES}) == len(CASES) >= 1840
+    keys = {"gold", "given", "right", "source", "why", "batch"}
+    assert all(set(case) - {"miss"} == keys for case in CASES)
     assert all(case.get("miss", "reason") and case["why"] for case in CASES)
-    assert min(sum(case["right"] for case in CASES), sum(not case["right"] for case in CASES)) > len(CASES) / 3
+    right = sum(case["right"] for case in CASES)
+    assert min(right, len(CASES) - right) > len(CASES) / 3
 
 
 # ---------------------------------------------------------------- 2. real golds
 
+def with_left_and_right(gold):
+    unusual = re.search(r"\\left|\\big|text|sqrt\[", gold)
+    if unusual or len(re.findall(r"[(\[]", gold)) != len(re.findall(r"[)\]]", gold)):
+        return gold
+    return re.sub(r"[)\]]", r"\\right\g<0>", re.sub(r"[(\[]", r"\\left\g<0>", gold))
+
+
+def with_spaces(gold):
+    if re.search(r"\d,(\\!)?\s*\d{3}|text|mbox", gold):
+        return gold
+    return re.sub(r"(?<!\\)[+=,-]", r" \g<0> ", gold)
+
+
 FORMS = {
     "itself": lambda gold: gold,
     "dfrac": lambda gold: re.sub(r"\\[dt]?frac", r"\\dfrac", gold),
-    "left": lambda gold: re.sub(r"[)\]]", r"\\right\g<0>", re.sub(r"[(\[]", r"\\left\g<0>", gold))
-    if not re.search(r"\\left|\\big|text|sqrt\[", gold) and len(re.findall(r"[(\[]", gold)) == len(re.findall(r"[)\]]", gold)) else gold,
+    "left": with_left_and_right,
     "no left": lambda gold: gold.replace("\\left", "").replace("\\right", ""),
-    "spaces": lambda gold: re.sub(r"(?<!\\)[+=,-]", r" \g<0> ", gold) if not re.search(r"\d,(\\!)?\s*\d{3}|text|mbox", gold) else gold,
+    "spaces": with_spaces,
     "full stop": lambda gold: gold + ".",
     "dollars": lambda gold: f"${gold}$",
     "braces": lambda gold: re.sub(r"\^(\w)", r"^{\1}", gold),
@@ -68,79 +91,245 @@ FORMS = {
 def golds():
     if not DATA.is_dir():
         pytest.skip(f"no benchmark files in {DATA}")
-    return list(dict.fromkeys(json.loads(line)["answer"] for path in sorted(DATA.glob("*.jsonl"))
-                              for line in path.read_text(encoding="utf-8").split("\n") if line))
+    lines = [line for path in sorted(DATA.glob("*.jsonl"))
+             for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return list(dict.fromkeys(json.loads(line)["answer"] for line in lines))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_real_gold_equals_itself_in_another_form(golds, form):
     pairs = [(FORMS[form](gold), gold) for gold in golds]
     pairs = [pair for pair in pairs if pair[0] != pair[1] or form == "itself"]
-    values = graded(pairs)
-    missed = [pair for pair, value in zip(pairs, values) if value != 1]
+    missed = [pair for pair, value in zip(pairs, marked(pairs)) if value != 1]
     assert len(missed) <= (0 if form == "itself" else 0.01 * len(pairs)), missed
 
 
 def test_real_golds_that_are_different_numbers_are_never_equal(golds):
-    numbers = [gold for gold in golds if re.fullmatch(r"-?\d+|-?\d*\.\d+|-?\\[dt]?frac\{\d+\}\{\d+\}", gold)]
+    number = r"-?\d+|-?\d*\.\d+|-?\\[dt]?frac\{\d+\}\{\d+\}"
+    numbers = [gold for gold in golds if re.fullmatch(number, gold)]
     value = lambda gold: Fraction(re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", gold))
     rng = random.Random(0)
-    pairs = [pair for pair in (rng.sample(numbers, 2) for _ in range(5000)) if value(pair[0]) != value(pair[1])]
+    pairs = [rng.sample(numbers, 2) for _ in range(5000)]
+    pairs = [pair for pair in pairs if value(pair[0]) != value(pair[1])]
     pairs += [(f"-{gold}".replace("--", ""), gold) for gold in numbers if value(gold)]
-    assert not [pair for pair, reward in zip(pairs, graded(pairs)) if reward]
+    assert not [pair for pair, reward in zip(pairs, marked(pairs)) if reward]
 
 
-def test_a_gold_that_is_not_understood_is_named_once():
-    answers = [r"t(0,4]", "7", r"\frac12", r"\text{Evelyn}", "12:30", r"\{1,2\}", "1011_2", "x=3", r"t(0,4]", r"(1,\frac{]", r"((("]
-    assert tasks.unparsable(answers) == [r"t(0,4]", r"(1,\frac{]", r"((("]
-    assert tasks.grade(r"\boxed{t (0, 4]}", r"t(0,4]") == 1                # as a string it still counts
+# ---------------------------------------------------------------- 3. what differs little
+
+@pytest.mark.parametrize("gold, given", [
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"), ("e^{-100}", "e^{-101}"), ("0", "e^{-1000}"),
+    (r"4.6 \times 10^{-24}", r"4.6 \times 12^{-24}"), ("4.6e-24", r"4.6 \times 12^{-24}"),
+    (r"\frac{\pi}{2^{99}}", r"\frac{\pi}{2^{98}}"), ("xe^{-100}", "xe^{-101}"),
+    (r"\sqrt{2}", r"\sqrt{2}+10^{-20}"), (r"\sqrt{2}", r"\sqrt{2}+10^{-2000}"),
+    (r"\sqrt{2}", r"\sqrt{2+10^{-900}}"), (r"\pi", r"\frac{\ln(640320^3+744)}{\sqrt{163}}"),
+    (r"\pi", r"\pi+e^{-500}"), ("x^2", "x^2+10^{-40}"), (r"1+\sqrt{2}", "2.41421356237309504880"),
+    ("2^{1009}", "2^{1009}+1"), ("2^{1009}-1", "2^{1009}-2"), ("100!", "100!+1"),
+    (r"\pi 2^{4000}", r"\pi 2^{4000}+1"), ("x2^{900}", "x(2^{900}+1)"),
+    (r"\lfloor\frac{2n-1}{5}\rfloor", r"\lfloor\frac{2n-1}{4}\rfloor"),
+    (r"\lfloor\sqrt{n-1}\rfloor", r"\lfloor\sqrt{n-2}\rfloor"), ("f(x)=x", "f(x)=|x|")])
+def test_expressions_that_nearly_agree_are_not_equal(gold, given):
+    assert marked([(given, gold), (gold, given), (gold, gold)]) == [0, 0, 1]
 
 
-# ---------------------------------------------------------------- 3. the box
+@pytest.mark.parametrize("gold, given, right", [
+    ("x+y=5", "5", 0), ("x+y=5", "x+y", 0), ("x+y=5", "x+y=x+y", 0), ("x+y=5", "2x+2y=10", 1),
+    ("7 = 11a+c", "11a+c", 0), ("7 = 11a+c", "7", 0), ("7 = 11a+c", "c=7-11a", 1),
+    ("x=5", "5", 1), ("5", "x=5", 1), ("x=5", "y=5", 0), ("x=5", "=", 0), ("6", "6=7", 0),
+    (r"m \frac{dv}{dt}+bv=f", r"-m \frac{dv}{dt}+bv=f", 0), ("y=x^2", "y=-x^2", 0),
+    ("(p,q)=(3,2)", "(3,2)", 1), ("(p,q)=(3,2)", "(2,3)", 0), ("(3,2)", "(p,q)=(3,2)", 1)])
+def test_an_equation_is_not_answered_by_one_side_of_it(gold, given, right):
+    assert marked([(given, gold)]) == [right]
+
+
+@pytest.mark.parametrize("gold, given", [
+    (".5", "."), ("2", ","), (r"9^\circ", r"^\circ"), (r"[8,\infty)", "[8,)"), ("5", r"\text{}"),
+    ("(1,2)", "(,)"), (r"\{1,2\}", r"\{\}"), ("1,2", ",,"), (r"\$115,000", r"\$115,00"),
+    (r"15\text{ cm}^2", r"15\text{ cm}"), ("f(2)<f(1)<f(4)", "f(2)<f(3)<f(4)"),
+    ("90", r"9\cdot 10"), (r"\frac{a}{m M}", r"\frac{a}{m^2}")])
+def test_an_answer_of_which_something_is_missing_is_wrong(gold, given):
+    assert marked([(given, gold)]) == [0]
+
+
+# ---------------------------------------------------------------- 4. the box
 
 @pytest.mark.parametrize("text, boxed", [
-    (r"\boxed{7}", "7"), (r"\boxed{6}, no: \boxed{ 7 }.", "7"), (r"\boxed{6} and then \boxed{7", "6"), (r"\boxed{6 \boxed{7}", "7"),
-    (r"\boxed{x = \boxed{7}}", "7"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed {7}", "7"),
-    (r"\boxed 7$", "7"), (r"\boxed7.", "7"), (r"$\boxed -3.5.$", "-3.5"), (r"\boxed{7} in a \boxed form", "7"), (r"\\boxed{7}", "7"),
-    (r"\boxed{7\}}", r"7\}"), (r"\boxed{}", ""), (r"\boxed{7} \boxed{}", ""), (r"{{ \boxed{7}", "7"), (r"}} \boxed{7}", "7"),
-    (r"\fbox{7}", None), (r"\boxed", None), (r"\boxed{7", None), ("", None), ("7", None), (r"boxed{7}", None), (r"\boxed{7\}", None)])
+    (r"\boxed{7}", "7"), (r"\boxed{6}, no: \boxed{ 7 }.", "7"), (r"\boxed{6 \boxed{7}", "7"),
+    (r"\boxed{6} and then \boxed{7", "6"), (r"\boxed{x = \boxed{7}}", "7"), (r"\boxed {7}", "7"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed 7$", "7"), (r"\boxed7.", "7"), (r"$\boxed -3.5.$", "-3.5"), (r"\\boxed{7}", "7"),
+    (r"\boxed{7} in a \boxed form", "7"), (r"\boxed{7\}}", r"7\}"), (r"\boxed{}", ""),
+    (r"\boxed{7} \boxed{}", ""), (r"{{ \boxed{7}", "7"), (r"}} \boxed{7}", "7"),
+    (r"\fbox{7}", None), (r"\boxed", None), (r"\boxed{7", None), ("", None), ("7", None),
+    (r"boxed{7}", None), (r"\boxed{7\}", None)])
 def test_the_last_balanced_box_counts(text, boxed):
-    assert tasks.last_boxed(text) == boxed
+    assert marker.last_boxed(text) == boxed
 
 
 def test_a_hundred_thousand_characters_of_boxes_are_read_in_no_time():
-    start = time.perf_counter()
-    n = 12000
-    assert tasks.last_boxed(r"\boxed{" * n + "}" * n) == ""
-    assert tasks.last_boxed(r"\boxed{" * n) is None and tasks.last_boxed("{" * 10**5 + "}" * 10**5) is None
-    assert time.perf_counter() - start < 2
+    start, n = time.process_time(), 12000
+    assert marker.last_boxed(r"\boxed{" * n + "}" * n) == ""
+    assert marker.last_boxed(r"\boxed{" * n) is None
+    assert marker.last_boxed("{" * 10**5 + "}" * 10**5) is None
+    assert time.process_time() - start < 2
 
 
-# ---------------------------------------------------------------- 4. hostile text
+@pytest.mark.parametrize("text, answer, reward", [
+    (r"so \boxed{7}.", "7", 1), (r"\boxed{5}, no: \boxed{6}", "6", 1),
+    (r"\boxed{5}, no: \boxed{6}", "5", 0), (r"\boxed{\frac{1}{2}}", "0.5", 1),
+    (r"\boxed{x^2+2x+1}", "(x+1)^2", 1), (r"\boxed{ a b }", "ab", 1), ("\\boxed{7\n}", "7", 1),
+    ("7", "7", 0), (r"\boxed{7", "7", 0), (r"\boxed{}", "", 0), ("", "7", 0),
+    (r"\boxed{}}{", "7", 0), (r"\boxed{" * 1000, "7", 0), ("\\boxed{\ud800}", "7", 0),
+    (r"\boxed{" + "9" * 5000 + "}", "9", 0), (r"\boxed{" + "9" * 5000 + "}", "9" * 5000, 1)])
+def test_the_last_box_decides(text, answer, reward):
+    assert marker.judge(text, answer) == reward
+    assert marker.mark([(text, answer)]) == [reward]
+
+
+# ---------------------------------------------------------------- 5. hostile text
 
 @pytest.mark.parametrize("boxed", [
-    "", "9" * 10**5, "{" * 5000, "}" * 5000, "{" * 400 + "}" * 400, "(" * 490 + ")" * 490, r"\frac{" * 160, r"\sqrt{" * 150 + "2" + "}" * 150,
-    r"10^{10^{10}}", r"9^{9^{9^{9}}}", "99999999!", r"2^{99999999999}", r"1e999999999", "\x00", "5\x00", "٥", "５", "५", "²", "\ud800",
-    r"\frac{1}{0}", r"\frac{0}{0}", r"\left(\left[\right.", r"\begin{pmatrix}", r"\begin{pmatrix} & \\ & \end{pmatrix}", r"\\\\\\", "%", "$$",
-    "__import__('os').system('false')", r"\text{", r"\infty-\infty", "nan", "0/0", "&&&", "5\n\n\n6", "^^^^", "____", "=====", ",,,,,", r"\pm\pm",
-    "<|im_end|>", "5<|endoftext|>", "🙂", "x" * 900, "1," * 400, "1+" * 450 + "1", r"\{" * 300 + r"\}" * 300, "-" * 900 + "5", r"\int" * 200])
+    "", "9" * 10**5, "{" * 5000, "}" * 5000, "{" * 400 + "}" * 400, "(" * 490 + ")" * 490,
+    r"\frac{" * 160, r"\sqrt{" * 150 + "2" + "}" * 150, r"10^{10^{10}}", r"9^{9^{9^{9}}}",
+    "99999999!", r"2^{99999999999}", r"1e999999999", "\x00", "5\x00", "٥", "５", "५", "²", "\ud800",
+    r"\frac{1}{0}", r"\frac{0}{0}", r"\left(\left[\right.", r"\begin{pmatrix}",
+    r"\begin{pmatrix} & \\ & \end{pmatrix}", r"\\\\\\", "%", "$$", "nan", "0/0", "&&&", "5\n\n\n6",
+    "__import__('os').system('false')", r"\text{", r"\infty-\infty", "^^^^", "____", "=====",
+    ",,,,,", r"\pm\pm", "<|im_end|>", "5<|endoftext|>", "🙂", "x" * 900, "1," * 400,
+    "1+" * 450 + "1", r"\{" * 300 + r"\}" * 300, "-" * 900 + "5", r"\int" * 200, r"\binom{" * 100,
+    r"\sum_{k=1}^{\infty} \frac{1}{k}", r"\frac{d}{dx} x", "·", "≤" * 300, "±" * 300])
 def test_hostile_text_earns_nothing_and_raises_nothing(boxed):
-    for gold in ("5", r"\sqrt{5}", r"\{1,2\}"):
-        assert tasks.grade(f"\\boxed{{{boxed}}}", gold) == 0
-    assert tasks.grade(boxed, "5") == 0
+    pairs = [(f"\\boxed{{{boxed}}}", gold) for gold in ("5", r"\sqrt{5}", r"\{1,2\}", "x+1")]
+    assert marker.mark([*pairs, (boxed, "5")]) == [0] * 5
 
 
-def test_what_takes_too_long_costs_one_limit_and_no_more():
-    grader = tasks.Graders(1, limit_s=3)
-    assert grader.grade(r"\boxed{(((9^{9999})^{9999})^{9999})\pi}", r"\pi") == 0 and grader.failures == 1
-    assert grader.grade(r"\boxed{\frac{2\pi}{2}}", r"\pi") == 1 and grader.failures == 1
+# ---------------------------------------------------------------- 6. the workers
+
+HANGS = (r"\boxed{(((9^{9999})^{9999})^{9999})\pi}", r"\pi")
+RIGHT = (r"\boxed{\frac{2\pi}{2}}", r"\pi")
+
+
+def workers():
+    """The process of each of the two threads."""
+    both = threading.Barrier(2)
+
+    def own(_):
+        marker._ask(RIGHT)
+        both.wait(60)
+        return marker._own.worker
+    return list(marker._threads.map(own, range(2)))
+
+
+def run_worker(judge, lines=1, **limits):
+    """Output and exit code of a worker with another `judge`."""
+    code = "import time; from lib import marker; " + "".join(
+        f"marker.{name} = {value}; " for name, value in {"judge": judge, **limits}.items())
+    done = subprocess.run([sys.executable, "-c", code + "marker._work()"], cwd=ROOT, text=True,
+                          input='["", ""]\n' * lines, capture_output=True)
+    return done.stdout, done.returncode
+
+
+def test_an_answer_that_hangs_costs_itself_alone():
+    start = time.monotonic()
+    assert marker.mark([RIGHT, HANGS, RIGHT, RIGHT]) == [1, None, 1, 1]
+    assert time.monotonic() - start < 12 * marker.LIMIT_S + 30
+
+
+def test_a_worker_that_dies_at_work_costs_its_answer_alone():
+    before, found = workers(), []
+    thread = threading.Thread(target=lambda: found.extend(marker.mark([HANGS, HANGS])))
+    thread.start()
+    time.sleep(0.5)
+    for worker in before:
+        worker.kill()
+    thread.join(60)
+    assert found == [None, None]
+    assert marker.mark([RIGHT] * 4) == [1] * 4
+
+
+def test_a_worker_that_dies_between_answers_costs_nothing():
+    for worker in workers():
+        worker.kill()
+        worker.wait()
+    assert marker.mark([RIGHT] * 4) == [1] * 4
+
+
+def test_an_answer_is_not_charged_for_a_slow_machine():
+    (worker, other), found = workers(), []
+    other.kill()
+    other.wait()
+    os.kill(worker.pid, signal.SIGSTOP)
+    thread = threading.Thread(target=lambda: found.extend(marker.mark([RIGHT] * 4)))
+    thread.start()
+    time.sleep(marker.LIMIT_S + 1)
+    os.kill(worker.pid, signal.SIGCONT)
+    thread.join(60)
+    assert found == [1] * 4
 
 
 def test_a_worker_has_a_limit_on_its_memory():
     resource = pytest.importorskip("resource")
-    grader = tasks.Graders(1)
-    grader.grade(r"\boxed{1}", "2")
-    worker = grader._idle.get()
-    if hasattr(resource, "prlimit"):
-        assert resource.prlimit(worker.pid, resource.RLIMIT_AS) == (tasks.WORKER_BYTES, tasks.WORKER_BYTES)
-    worker.kill()
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("no prlimit here")
+    for worker in workers():
+        limits = resource.prlimit(worker.pid, resource.RLIMIT_AS)
+        assert limits == (marker.WORKER_BYTES, marker.WORKER_BYTES)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory")
+def test_a_worker_that_swells_ends_without_a_reply():
+    output, code = run_worker("lambda *_: float(len(bytearray(8 << 30)))", lines=2)
+    assert output == "ready\n" and code != 0
+
+
+def test_a_worker_ends_by_processor_time_and_one_that_waits_by_the_clock():
+    spins = "lambda *_: [None for _ in iter(int, 1)]"
+    assert run_worker(spins, LIMIT_S=0.3) == ("ready\n", -signal.SIGPROF)
+    sleeps = "lambda *_: time.sleep(60)"
+    assert run_worker(sleeps, LIMIT_S=0.05) == ("ready\n", -signal.SIGALRM)
+
+
+def test_what_a_library_prints_or_raises_reaches_no_one():
+    assert run_worker("lambda *_: print('0.0') or 1.0", lines=2) == ("ready\n1.0\n1.0\n", 0)
+    assert run_worker("lambda *_: 1 / 0", lines=2) == ("ready\n0.0\n0.0\n", 0)
+
+
+def test_a_worker_that_cannot_start_is_said_every_time(monkeypatch):
+    monkeypatch.setattr(marker, "_own", threading.local())
+    monkeypatch.setattr(sys, "executable", "false")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="math-verify"):
+            marker.mark([RIGHT])
+
+
+PARENT = """if True:
+    import os, signal, sys, time
+    from lib import marker
+    signal.signal(signal.SIGINT, lambda *_: None)
+    marker.mark([("", "")])
+    worker = marker._threads.submit(lambda: marker._own.worker).result()
+    os.killpg(0, signal.SIGINT)
+    time.sleep(0.5)
+    print(worker.pid, worker.poll(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+def test_ctrl_c_is_not_for_a_worker_and_it_ends_when_its_parent_is_gone():
+    """A terminal signals the whole process group; a run then ends its step, which needs marks."""
+    done = subprocess.run([sys.executable, "-c", PARENT], cwd=ROOT, start_new_session=True,
+                          stdout=subprocess.PIPE, text=True)
+    pid, state = done.stdout.split()
+    assert state == "None"
+    for _ in range(100):
+        if not alive(int(pid)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker lives on without its parent")
+
+
+def alive(pid):
+    """Whether a process runs; a zombie does not."""
+    try:
+        return open(f"/proc/{pid}/stat").read().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,73 +1,101 @@
-"""Proof that a sampler draws from softmax(logits / T) and from nothing else, and says so truthfully.
+"""Proof that a sampler draws from softmax(logits / T) and nothing else, and says so truthfully.
 
-1. Frequencies of one and two tokens are those of the full softmax, whatever top-k, top-p, penalties or temperature
-   the checkpoint brings along; the reported log-probabilities are the learner's, for prompts of different lengths,
-   several architectures, in one batch or many.
-2. A rollout ends with an end token iff it finished; the same seed gives the same rollouts.
-3. Prompts: special tokens once, and never longer than the context.
-4. The script writes what evaluate.py reads, and overwrites nothing.
+1. Frequencies of one and two tokens are those of the full softmax, whatever settings the
+   checkpoint brings along. The reported log-probabilities are the learner's, for prompts of
+   different lengths, several architectures, in one batch or many.
+2. A rollout ends with an end token iff it finished, and leaves the batch then; the same seed
+   gives the same rollouts.
+3. The script writes what evaluate.py reads, goes on where it stopped, and overwrites nothing.
+4. Every script says what it wants in one sentence, before it imports what takes seconds.
 """
 
+import copy
 import json
 import math
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
+from conftest import ROOT
+from test_policy import ARCHITECTURES, save_model, with_adapter
 
 import evaluate
-import policy
 import sample
-import tasks
-from conftest import ROOT
-from sample import HFSampler, encode_prompts
-from tasks import Problem, UserError
-from test_policy import ARCHITECTURES, save_model
-from toy.pretrain import make_tokenizer
+from lib import cli, policy, run, tasks
+from lib.cli import UserError
+from sample import HFSampler, Rollout
 
-MEDDLING = dict(top_k=2, top_p=0.5, min_p=0.2, repetition_penalty=5.0, temperature=0.1, no_repeat_ngram_size=1, min_new_tokens=2,
-                suppress_tokens=[5, 6], forced_eos_token_id=1, bad_words_ids=[[7]], do_sample=True)
+MEDDLING = {"top_k": 2, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 5.0, "temperature": 0.1,
+            "no_repeat_ngram_size": 1, "min_new_tokens": 2, "suppress_tokens": [5, 6],
+            "forced_eos_token_id": 1, "bad_words_ids": [[7]], "do_sample": True}
 PROMPTS = [(4, 5, 6), (7,), (3, 4, 5, 6, 7, 8, 9, 10, 11), (12, 13), (4, 5, 6)]
 
 
 @pytest.fixture(scope="module")
 def sampler_of(tmp_path_factory):
-    """A sampler of a tiny random model with an adapter, as training uses it; the checkpoint's generation settings meddle."""
-    def make(kind="qwen2", **settings):
+    """A sampler of a tiny random policy, whose checkpoint's generation settings meddle."""
+    def make(kind="qwen2", temperature=1.0, max_new_tokens=12, stops=(1,)):
         folder = tmp_path_factory.mktemp(kind)
         save_model(kind, folder)
-        tf.GenerationConfig(**{**MEDDLING, "eos_token_id": 1, **settings}).save_pretrained(folder)
+        tf.GenerationConfig(**MEDDLING, eos_token_id=1).save_pretrained(folder)
         model, tokenizer = policy.load_model(str(folder))
-        model = policy.add_lora(model, rank=4, alpha=8, seed=0)
-        for name, parameter in policy.trainable(model).items():
-            torch.nn.init.normal_(parameter, std=0.2)
-        return HFSampler(model, tokenizer)
+        return HFSampler(with_adapter(model, std=0.05), tokenizer, list(stops), temperature,
+                         max_new_tokens)
     return make
 
 
-def probabilities(model, ids, temperature):
-    return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1).tolist()
+def flat(groups):
+    return [rollout for group in groups for rollout in group]
+
+
+def ids_of(groups):
+    return [rollout.completion_ids for rollout in flat(groups)]
+
+
+def record(sampler, held):
+    """Note the (rows, tokens) that each forward pass of a sampler holds."""
+    sampler.model.register_forward_pre_hook(
+        lambda _, args, given: held.append(tuple(given["attention_mask"].shape)),
+        with_kwargs=True)
 
 
 # ---------------------------------------------------------------- 1. the distribution
 
+def probabilities(model, ids, temperature):
+    logits = model(torch.tensor([ids])).logits[0, -1].double()  # (V,)
+    return (logits / temperature).softmax(-1).tolist()
+
+
+def chances(model, prompt, temperature):
+    """{completion of at most two tokens: its chance}, from the whole softmax."""
+    expected = {}
+    for first, p in enumerate(probabilities(model, prompt, temperature)):
+        if first == 1:
+            expected[first,] = p
+            continue
+        for second, q in enumerate(probabilities(model, (*prompt, first), temperature)):
+            expected[first, second] = p * q
+    return expected
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-@pytest.mark.parametrize("prompt, stage", [((4, 5, 6, 7), 64), ((9,), 1)])
-def test_frequencies_are_those_of_the_full_softmax(sampler_of, monkeypatch, temperature, prompt, stage):
-    monkeypatch.setattr(sample, "STAGE_TOKENS", stage)
-    sampler, n = sampler_of(), 20_000
-    expected = {}                                                 # completion of at most two tokens -> chance
+@pytest.mark.parametrize("prompt, cache", [((4, 5, 6, 7), 2**18), ((9,), 3000)])
+def test_frequencies_are_those_of_the_full_softmax(
+        sampler_of, monkeypatch, temperature, prompt, cache):
+    monkeypatch.setattr(sample, "CACHE_TOKENS", cache)
+    sampler, n = sampler_of(temperature=temperature, max_new_tokens=2), 20_000
     with torch.no_grad():
-        for first, p in enumerate(probabilities(sampler.model, prompt, temperature)):
-            seconds = probabilities(sampler.model, (*prompt, first), temperature)
-            expected.update({(first,): p} if first == 1 else {(first, second): p * q for second, q in enumerate(seconds)})
-    [group] = sampler.generate([prompt], n, temperature, 2, seed=0)
-    counts = dict.fromkeys(expected, 0)
-    for rollout in group:
-        counts[rollout.completion_ids] += 1
-        assert sum(rollout.logprobs) == pytest.approx(math.log(expected[rollout.completion_ids]), abs=1e-4)
+        expected = chances(sampler.model, prompt, temperature)
+    [group] = sampler.generate([prompt], n, seed=0)
+    counts = Counter(rollout.completion_ids for rollout in group)
+    assert counts.keys() <= expected.keys()
+    for rollout in group[:2000]:
+        chance = math.log(expected[rollout.completion_ids])
+        assert sum(rollout.logprobs) == pytest.approx(chance, abs=2e-5)
     common = {ids: p for ids, p in expected.items() if n * p >= 5}
     chi2 = sum((counts[ids] - n * p) ** 2 / (n * p) for ids, p in common.items())
     assert abs(chi2 - len(common)) < 5 * (2 * len(common)) ** 0.5
@@ -75,198 +103,283 @@ def test_frequencies_are_those_of_the_full_softmax(sampler_of, monkeypatch, temp
         assert abs(counts[ids] - n * p) < 5 * (n * p) ** 0.5 + 5
 
 
+def assert_truthful(sampler, rollouts):
+    """What the sampler reports is what the learner finds, alone and without rounding."""
+    exact = copy.deepcopy(sampler.model).double()
+    with torch.no_grad():
+        alone = [policy.token_logprobs(exact, [r], sampler.temperature)[0] for r in rollouts]
+    sampled = policy.sampled_logprobs(rollouts)
+    torch.testing.assert_close(sampled, torch.cat(alone), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("n, temperature, stage", [(1, 1.0, 64), (6, 0.7, 64), (6, 1.0, 3)])
-def test_log_probabilities_are_the_learners_whatever_the_padding(sampler_of, monkeypatch, kind, n, temperature, stage):
-    monkeypatch.setattr(sample, "STAGE_TOKENS", stage)
-    sampler = sampler_of(kind)
-    groups = sampler.generate(PROMPTS, n, temperature, 12, seed=0)
-    rollouts = [rollout for group in groups for rollout in group]
-    assert [rollout.prompt_ids for rollout in rollouts] == [prompt for prompt in PROMPTS for _ in range(n)]
-    one_by_one = [policy.token_logprobs(sampler.model, [rollout], temperature)[0] for rollout in rollouts]      # no padding at all
-    torch.testing.assert_close(torch.tensor([x for r in rollouts for x in r.logprobs]), torch.cat(one_by_one), rtol=0, atol=1e-4)
-    assert policy.agreement(sampler.model, rollouts, temperature)[1] < 1e-4
+@pytest.mark.parametrize("n, temperature, cache", [(1, 1.0, 2**18), (6, 0.7, 2**18), (6, 1.0, 40)])
+def test_log_probabilities_are_the_learners_whatever_the_padding(
+        sampler_of, monkeypatch, kind, n, temperature, cache):
+    monkeypatch.setattr(sample, "CACHE_TOKENS", cache)
+    sampler = sampler_of(kind, temperature)
+    rollouts = flat(sampler.generate(PROMPTS, n, seed=0))
+    assert [r.prompt_ids for r in rollouts] == [prompt for prompt in PROMPTS for _ in range(n)]
+    assert_truthful(sampler, rollouts)
+    assert max(map(policy.length, rollouts)) >= 14  # Mistral's window is 5
 
 
-@pytest.mark.parametrize("row_tokens", [1, 40, 100])
-def test_many_small_batches_are_as_good_as_one(sampler_of, monkeypatch, row_tokens):
-    monkeypatch.setattr(sample, "CACHE_TOKENS", row_tokens)
-    sampler = sampler_of()
-    groups = list(sample.sample_problems(sampler, PROMPTS, 5, 1.0, 8, 3, "test"))
-    assert [[r.prompt_ids for r in group] for group in groups] == [[prompt] * 5 for prompt in PROMPTS]
-    assert policy.agreement(sampler.model, [r for group in groups for r in group], 1.0)[1] < 1e-4
-    assert groups == list(sample.sample_problems(sampler, PROMPTS, 5, 1.0, 8, 3, "test"))
-    first, last = groups[0], groups[-1]                           # the same prompt twice does not get the same answers
-    assert [r.completion_ids for r in first] != [r.completion_ids for r in last]
-
-
-def test_finished_answers_leave_and_the_others_go_on_as_if_nothing_had_happened(sampler_of, monkeypatch):
-    often, calls = sampler_of().generate(PROMPTS, 1, 1e-5, 12, seed=0)[0][0].completion_ids[4], []
-    sampler = sampler_of(eos_token_id=[1, often])
-    whole = sampler.generate(PROMPTS, 3, 1e-5, 12, seed=0)        # so cold that chance decides nothing
-    generate = sampler.model.generate
-    monkeypatch.setattr(sampler.model, "generate", lambda **given: calls.append(len(given["input_ids"])) or generate(**given))
-    monkeypatch.setattr(sample, "STAGE_TOKENS", 2)
-    assert [[r.completion_ids for r in group] for group in sampler.generate(PROMPTS, 3, 1e-5, 12, seed=0)] == [
-        [r.completion_ids for r in group] for group in whole]
-    ends = sorted(len(r.completion_ids) if r.finished else 99 for group in whole for r in group)
-    assert calls == [sum(end > done for end in ends) for done in range(0, 12, 2) if ends[-1] > done] and calls[0] > calls[-1]
+@pytest.mark.parametrize("cache", [1, 40, 100, 2**18])
+def test_many_small_batches_are_as_good_as_one_and_hold_less(sampler_of, monkeypatch, cache):
+    monkeypatch.setattr(sample, "CACHE_TOKENS", cache)
+    sampler, held = sampler_of(max_new_tokens=8), []
+    record(sampler, held)
+    groups = sampler.generate(PROMPTS, 5, seed=3)
+    assert [[r.prompt_ids for r in group] for group in groups] == [[p] * 5 for p in PROMPTS]
+    assert all(rows * tokens <= cache for rows, tokens in held if rows > 1)
+    assert len(set(ids_of(groups))) > 20  # no batch repeats another's random numbers
+    assert groups == sampler.generate(PROMPTS, 5, seed=3)
+    assert_truthful(sampler, flat(groups))
 
 
 # ---------------------------------------------------------------- 2. one rollout
 
-@pytest.mark.parametrize("stops, stage", [(1, 64), ([1, 5], 64), ([1, 5], 4)])
-def test_a_rollout_ends_with_an_end_token_iff_it_finished(sampler_of, monkeypatch, stops, stage):
-    monkeypatch.setattr(sample, "STAGE_TOKENS", stage)
-    sampler = sampler_of(eos_token_id=stops)
-    ends, rollouts = {1, 5} if stops != 1 else {1}, [r for g in sampler.generate(PROMPTS, 40, 1.0, 9, seed=0) for r in g]
-    assert {r.finished for r in rollouts} == {True, False} and {r.completion_ids[-1] for r in rollouts if r.finished} == ends
+@pytest.mark.parametrize("kind", ["qwen2", "lfm2"])
+def test_finished_answers_leave_and_the_others_go_on_as_if_nothing_had_happened(sampler_of, kind):
+    cold = {"kind": kind, "temperature": 1e-5}  # so cold that chance decides nothing
+    endless = ids_of(sampler_of(**cold, stops=(22,)).generate(PROMPTS, 3, seed=0))
+    stop = Counter(ids[4] for ids in endless if len(ids) > 4).most_common(1)[0][0]
+    sampler, held = sampler_of(**cold, stops=(22, stop)), []
+    record(sampler, held)
+    found = ids_of(sampler.generate(PROMPTS, 3, seed=0))
+    assert found == [ids[:ids.index(stop) + 1] if stop in ids else ids for ids in endless]
+    assert len(set(map(len, found))) > 1
+    writing = [sum(len(ids) > done for ids in found) for done in range(1, max(map(len, found)))]
+    assert [rows for rows, _ in held] == [len(PROMPTS), *writing]  # each prompt is read once
+
+
+@pytest.mark.parametrize("stops", [(1,), (1, 5)])
+def test_a_rollout_ends_with_an_end_token_iff_it_finished(sampler_of, stops):
+    sampler = sampler_of(max_new_tokens=9, stops=stops)
+    rollouts = flat(sampler.generate(PROMPTS, 40, seed=0))
+    assert {r.finished for r in rollouts} == {True, False}
+    assert {r.completion_ids[-1] for r in rollouts if r.finished} == set(stops)
     for r in rollouts:
-        assert r.finished == (r.completion_ids[-1] in ends) and not ends & set(r.completion_ids[:-1])
-        assert len(r.logprobs) == len(r.completion_ids) and (r.finished or len(r.completion_ids) == 9)
-        assert r.text == sampler.tokenizer.decode([i for i in r.completion_ids if not (r.finished and i in ends)])
+        assert r.finished == (r.completion_ids[-1] in stops)
+        assert not set(stops) & set(r.completion_ids[:-1])
+        assert len(r.logprobs) == len(r.completion_ids)
+        assert r.finished or len(r.completion_ids) == 9
+        assert r.text == sampler.tokenizer.decode(
+            r.completion_ids[:-1] if r.finished else r.completion_ids)
 
 
 def test_the_same_seed_gives_the_same_rollouts_and_another_gives_others(sampler_of):
     sampler = sampler_of()
-    first, again, other = (sampler.generate(PROMPTS, 4, 1.0, 8, seed) for seed in (7, 7, 8))
-    assert first == again and first != other and first[0] != first[-1]
+    first = sampler.generate(PROMPTS, 4, 7)
+    torch.manual_seed(99)  # no other random numbers matter
+    assert sampler.generate(PROMPTS, 4, 7) == first
+    assert sampler.generate(PROMPTS, 4, 8) != first
+    assert ids_of(first[:1]) != ids_of(first[-1:])  # the same prompt, asked twice
 
 
-# ---------------------------------------------------------------- 3. prompts
+def test_each_block_of_problems_has_its_own_seeds_and_can_be_the_first(sampler_of, monkeypatch):
+    monkeypatch.setattr(HFSampler, "block", 2)
+    problems = [SimpleNamespace(prompt_ids=(4, 5, 6))] * 5
+    blocks = list(sample.sample_blocks(sampler_of(), problems, 3, 0, ""))
+    assert [len(block) for block in blocks] == [2, 2, 1]
+    assert len({tuple(ids_of(block)[:3]) for block in blocks}) == 3
+    assert list(sample.sample_blocks(sampler_of(), problems, 3, 0, "", start=2)) == blocks[1:]
 
-@pytest.mark.parametrize("template, ids", [(None, [1, *range(3, 7), 16]), ("<eos>{{ messages[0].content }}", [1, *range(3, 7), 16])])
-def test_special_tokens_are_written_once(monkeypatch, template, ids):
-    from tokenizers.processors import TemplateProcessing
-    tokenizer = make_tokenizer()                                  # whose beginning token is <eos>, put before every plain text
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+
+SAYS = "{% for m in messages %}{{ m.content }}"
+
+
+@pytest.mark.parametrize("template, ends, stops", [
+    (None, 1, [1]), (None, [1, 7], [1, 7]), (None, None, [1]),
+    (SAYS + "<pad>\n{% endfor %}", [1], [0, 1]),  # a special token closes each turn
+    (SAYS + ":{% endfor %}", [1], [1]),  # an ordinary one does
+    (SAYS + "{% endfor %}", [1], [1]), ("{{ messages[0].content }}", [1], [1])])
+def test_the_token_that_ends_a_turn_ends_an_answer(template, ends, stops):
+    tokenizer = tf.AutoTokenizer.from_pretrained(run.TOY)
     tokenizer.chat_template = template
-    monkeypatch.setattr(tasks, "INSTRUCTION", "")
-    prompt = Problem("p", "", "", prompt="1234:") if template is None else None
-    if template:
-        monkeypatch.setattr(tasks, "render", lambda problem, tok: tok.apply_chat_template([{"content": "1234:"}], tokenize=False))
-    assert encode_prompts([prompt], tokenizer, 99, 9) == [tuple(ids)]
+    model = SimpleNamespace(generation_config=tf.GenerationConfig(eos_token_id=ends))
+    assert sample.stop_ids(model, tokenizer) == stops
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers():
-    problem = Problem("c7", "2357=22:", "2357=22", "countdown")
-    assert len(encode_prompts([problem], make_tokenizer(), 20, 12)[0]) == 8
-    with pytest.raises(UserError, match="problem c7: prompt of 8 tokens .* 13 exceed the model's context of 20 tokens"):
-        encode_prompts([problem], make_tokenizer(), 20, 13)
+def test_a_model_without_an_end_token_is_refused():
+    tokenizer = tf.AutoTokenizer.from_pretrained(run.TOY)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="end token, so every answer would be cut off"):
+        sample.stop_ids(SimpleNamespace(generation_config=tf.GenerationConfig()), tokenizer)
 
 
-@pytest.mark.parametrize("template, stops", [
-    (None, {1}), ("{% for m in messages %}{{ m.content }}<pad>\n{% endfor %}", {0, 1}), ("{% for m in messages %}{{ m.content }}={% endfor %}", {1}),
-    ("{{ messages[0].content }}", {1}), ("{% for m in messages %}{{ m.content }}{% endfor %}", {1})])
-def test_the_token_that_ends_a_turn_ends_an_answer(template, stops):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template                              # <pad> (0) and <eos> (1) are special, = is not
-    assert set(sample.stop_ids(tf.GenerationConfig(eos_token_id=[1]), tokenizer)) == stops
+# ---------------------------------------------------------------- 3. the script
+
+def script(*flags):
+    sample.main([str(flag) for flag in flags])
 
 
-# ---------------------------------------------------------------- 4. the script
-
-def run(monkeypatch, script, *flags):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
-    script.main()
-
-
-def test_the_script_writes_what_evaluate_reads(monkeypatch, tmp_path, capsys):
+def test_the_script_writes_what_evaluate_reads(tmp_path, capsys):
     out = tmp_path / "s.jsonl"
-    run(monkeypatch, sample, "--n", 6, "--limit", 5, "--temperature", 0.8, "--seed", 3, "--out", out)
-    assert f"{out} holds 5 problems x 6 answers" in capsys.readouterr().out
-    problems, groups, _, data = evaluate.read_samples(out)
-    assert problems == tasks.load_problems("countdown:test", 5) and data == "countdown:test"
-    model, tokenizer = policy.load_model("toy")
-    expected = HFSampler(model, tokenizer).generate(encode_prompts(problems, tokenizer, 32, 12), 6, 0.8, 12, seed=3)
-    assert groups == [[(r.text, r.finished) for r in group] for group in expected]
+    script("--n", 6, "--limit", 5, "--temperature", 0.8, "--seed", 3, "--out", out)
+    assert f"python evaluate.py --model {out}" in capsys.readouterr().out
+    problems, groups, data = evaluate.read_samples(out)
+    assert problems == tasks.load_problems(data, 5)
+    model, tokenizer = policy.load_model(str(run.TOY))
     row = json.loads(out.read_text().splitlines()[0])
-    assert (row["model"], row["data"], row["temperature"], row["seed"]) == ("toy", "countdown:test", 0.8, 3)
+    sampler = HFSampler(model, tokenizer, [1], 0.8, row["max_new_tokens"])
+    encoded = tasks.encode(problems, tokenizer, model.config, row["max_new_tokens"])
+    expected = sampler.generate([p.prompt_ids for p in encoded], 6, seed=3)
+    assert [[(a.text, a.finished, a.tokens) for a in group] for group in groups] == [
+        [(r.text, r.finished, len(r.completion_ids)) for r in group] for group in expected]
+    assert row["data"] == data and data.endswith(":test")
+    assert (row["model"], row["temperature"], row["seed"], row["n"]) == ("toy", 0.8, 3, 6)
 
 
 def test_answers_with_odd_line_ends_are_read_back(tmp_path):
-    answers = [{"text": text, "finished": True, "tokens": 1} for text in ("a\u2028b", "c\x85d", "e\x0cf", "g\nh")]
-    row = {"id": "i", "task": "math", "problem": "p\u2029q", "answer": "1", "data": "d", "answers": answers}
-    (tmp_path / "s.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")             # as the script writes
-    problems, groups, *_ = evaluate.read_samples(tmp_path / "s.jsonl")
-    assert problems == [Problem("i", "p\u2029q", "1")] and groups == [[(a["text"], True) for a in answers]]
+    texts = ["a\u2028b", "c\x85d", "e\x0cf", "g\nh"]
+    answers = [{"text": text, "finished": True, "tokens": 1} for text in texts]
+    row = {"id": "i", "task": "math", "problem": "p\u2029q", "answer": "1", "data": "d"}
+    cli.write_rows(tmp_path / "s.jsonl", [row | {"answers": answers}])
+    [problem], [group], _ = evaluate.read_samples(tmp_path / "s.jsonl")
+    assert problem == tasks.Problem("i", "p\u2029q", "1")
+    assert [answer.text for answer in group] == texts
 
 
-@pytest.mark.parametrize("content", ["precious", "precious\n", '{"problem": "1 + 1", "answer": "2"}\n', "{}"])
-def test_a_file_of_something_else_is_refused_and_kept(monkeypatch, tmp_path, content):
+@pytest.mark.parametrize("content, said", [
+    ("precious", "is not a file of sample.py"), ("precious\n", "line 1: not a JSON object"),
+    ('{"problem": "1 + 1", "answer": "2"}\n', "was made with data = None"),
+    ("{}", "is not a file of sample.py")])
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content, said):
     out = tmp_path / "s.jsonl"
     out.write_text(content)
-    with pytest.raises(UserError, match="not a row of this version's sample.py"):
-        run(monkeypatch, sample, "--n", 2, "--limit", 2, "--out", out)
+    with pytest.raises(UserError, match=said):
+        script("--n", 2, "--limit", 2, "--out", out)
     assert out.read_text() == content
 
 
-@pytest.mark.parametrize("lines, rest", [(0, '{"id": "countd'), (1, ""), (3, '{"id": "coun'), (4, ""), (5, "")])
+@pytest.mark.parametrize("lines, rest", [
+    (0, '{"id": "countd'), (1, ""), (3, '{"id": "coun'), (4, ""), (5, "")])
 def test_an_interrupted_file_is_continued_to_the_same_bytes(monkeypatch, tmp_path, lines, rest):
-    monkeypatch.setattr(HFSampler, "block_tokens", 2 * 3 * 20)                  # two problems at a time
+    monkeypatch.setattr(HFSampler, "block", 2)
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    run(monkeypatch, sample, "--n", 3, "--limit", 5, "--out", whole)
+    script("--n", 3, "--limit", 5, "--out", whole)
     broken.write_text("".join(whole.read_text().splitlines(keepends=True)[:lines]) + rest)
-    run(monkeypatch, sample, "--n", 3, "--limit", 5, "--out", broken)
+    script("--n", 3, "--limit", 5, "--out", broken)
     assert broken.read_text() == whole.read_text()
 
 
-@pytest.mark.parametrize("flags, said", [(["--seed", 1], "seed = 0, not 1"), (["--temperature", 0.5], "temperature = 1.0, not 0.5"), (["--data", "countdown"], "data = ")])
-def test_a_file_of_other_settings_is_refused_and_kept(monkeypatch, tmp_path, flags, said):
+@pytest.mark.parametrize("flags, said", [
+    (["--seed", 1], "seed = 0, not 1"), (["--temperature", 0.5], "temperature = 1.0, not 0.5"),
+    (["--max-new-tokens", 7], "max_new_tokens = 12, not 7"), (["--n", 3], "n = 2, not 3")])
+def test_a_file_of_other_settings_is_refused_and_kept(tmp_path, flags, said):
     out = tmp_path / "s.jsonl"
-    run(monkeypatch, sample, "--n", 2, "--limit", 2, "--out", out)
+    script("--n", 2, "--limit", 2, "--out", out)
     before = out.read_text()
     with pytest.raises(UserError, match=f"was made with {said}"):
-        run(monkeypatch, sample, "--n", 2, "--limit", 2, "--out", out, *flags)
+        script("--n", 2, "--limit", 2, "--out", out, *flags)
     assert out.read_text() == before
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--n", 0], "--n is 0, but must be at least 1"), (["--limit", 0], "--limit is 0"), (["--max-new-tokens", 0], "--max-new-tokens is 0"),
-    (["--temperature", 0], "--temperature is 0.0, but must be above 0"), (["--temperature", "nan"], "--temperature is nan"),
-    (["--temperature", "inf"], "--temperature is inf"), (["--max-new-tokens", 30], "tokens 30 exceed the model's context of 32"),
-    (["--model", "tou"], "did you mean 'toy'"), (["--data", "countdwn"], "did you mean 'countdown'"), (["--n", "two"], "--n: invalid int"),
-    (["--out", "no-such-folder/s.jsonl"], "no-such-folder")])
-def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(monkeypatch, tmp_path, flags, said):
+    (["--n", 0], "--n is 0, but must be at least 1"), (["--limit", 0], "--limit is 0"),
+    (["--max-new-tokens", 0], "--max-new-tokens is 0"), (["--n", "two"], "--n: invalid int"),
+    (["--temperature", 0], "--temperature is 0.0, but must be at least"),
+    (["--temperature", "nan"], "--temperature is nan"),
+    (["--temperature", "inf"], "--temperature is inf"),
+    (["--max-new-tokens", 30], "tokens 30 exceed the model's context of 32"),
+    (["--model", "tou"], "did you mean 'toy'"),
+    (["--data", "countdwn"], "'countdwn' is unknown, did you mean"),
+    (["--ask", "1", "--data", "math"], "leave --data out"), (["--ask", " "], "--ask is empty")])
+def test_what_cannot_work_is_refused_and_nothing_is_written(monkeypatch, tmp_path, flags, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
-        run(monkeypatch, sample, "--limit", 2, "--n", 2, *flags)
-    assert said in str(refused.value) and "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+        script("--limit", 2, "--n", 2, *flags)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_question_is_answered_n_times_and_answers_that_agree_are_counted_together(monkeypatch, capsys):
-    run(monkeypatch, sample, "--ask", "2357=22:", "--n", 40)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]         # count of 40 answer reward r
-    counts = [int(words[0]) for words in lines]
-    assert sum(counts) == 40 and counts == sorted(counts, reverse=True) and counts[0] > 1
+def test_answers_to_a_question_that_agree_are_counted_together(capsys):
+    script("--ask", "2357=22:", "--n", 40)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    counts = [int(words[0]) for words in lines]  # count of 40 answer reward r
+    assert sum(counts) == 40
+    assert counts == sorted(counts, reverse=True) and counts[0] > 1
     assert len({words[3] for words in lines}) == len(lines)
-    assert all(float(words[5]) == tasks.grade_countdown(words[3], "2357=22") for words in lines if words[3] != "(cut")
-    assert any(words[5] == "1" for words in lines)
+    rewards = {words[3]: float(words[-1]) for words in lines if words[3] != "(cut"}
+    assert rewards == {text: tasks.grade_countdown(text, "2357=22") for text in rewards}
+    assert 1 in rewards.values()
 
 
 def test_a_cut_off_answer_to_a_question_earns_nothing_however_right(monkeypatch, capsys):
-    right = sample.Rollout((5,), (6,), (0.0,), "9+9+9+9", False)                    # no end token
-    monkeypatch.setattr(sample.HFSampler, "generate", lambda *args: [[right, right]])
-    run(monkeypatch, sample, "--ask", "9999=36", "--n", 2)
+    right = Rollout((5,), (6,), (0.0,), "9+9+9+9", False)  # no end token
+    monkeypatch.setattr(HFSampler, "generate", lambda *_: [[right, right]])
+    script("--ask", "9999=36", "--n", 2)
     assert capsys.readouterr().out.split() == "2 of 2 (cut off) reward 0".split()
 
 
-@pytest.mark.parametrize("question", ["22=2357", "235=22", "2357=220", "2357", "0123=22", "2357=22=1", "2+2"])
-def test_the_toy_is_asked_countdown_only(monkeypatch, question):
+@pytest.mark.parametrize("question", ["22=2357", "235=22", "2357=220", "2357", "0123=22",
+                                      "2357=22=1", "2+2"])
+def test_the_toy_is_asked_its_own_questions_only(question):
     with pytest.raises(UserError, match="four numbers 1 to 9 and a target 10 to 99"):
-        run(monkeypatch, sample, "--ask", question)
+        script("--ask", question)
 
 
-def test_an_answer_is_asked_of_a_chat_model_too(monkeypatch, capsys, tmp_path):
+def test_an_answer_is_asked_of_a_chat_model_too(capsys, tmp_path):
     save_model("llama", tmp_path)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ '\\\\boxed' }}{{ messages[0]['content'] }}"
+    tokenizer = tf.AutoTokenizer.from_pretrained(run.TOY)
+    tokenizer.chat_template = "{{ messages[0]['content'] or '\\\\boxed' }}"
     tokenizer.save_pretrained(tmp_path)
-    run(monkeypatch, sample, "--model", tmp_path, "--ask", "1+1", "--n", 3, "--max-new-tokens", 4)
+    script("--model", tmp_path, "--ask", "11", "--n", 3, "--max-new-tokens", 4)
     assert "of 3   (cut off)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "ablate.py"])
-def test_help_fits_a_screen(script):
-    text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert len(text.splitlines()) <= 52 and max(map(len, text.splitlines())) <= 150
+# ---------------------------------------------------------------- 4. the door of every script
+
+SCRIPTS = pytest.mark.parametrize("name", ["train.py", "sample.py", "evaluate.py", "ablate.py"])
+
+
+def python(*words):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+@SCRIPTS
+def test_help_fits_80_columns_and_shows_examples(name):
+    shown = python(name, "--help")
+    lines = shown.stdout.splitlines()
+    assert shown.returncode == 0
+    assert max(map(len, lines)) <= 80
+    assert sum(f"python {name} " in line for line in lines) >= 2
+
+
+@SCRIPTS
+def test_a_typo_is_refused_in_one_sentence_before_torch_is_imported(name):
+    refused = python("-X", "importtime", name, "--temprature", "1")
+    imports = [line for line in refused.stderr.splitlines() if line.startswith("import time:")]
+    assert len(imports) > 20 and not any(line.endswith("| torch") for line in imports)
+    [said] = set(refused.stderr.splitlines()) - set(imports)
+    assert "'--temprature' is no flag" in said and "did you mean '--temperature'?" in said
+    assert refused.returncode == 1
+
+
+@SCRIPTS
+def test_without_the_packages_a_script_says_what_to_install(name):
+    refused = python("-S", name)  # no site-packages
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "torch is missing: pip install -r requirements.txt" in refused.stderr
+
+
+@pytest.mark.parametrize("word, hint", [
+    ("--learning-rate", "--lr"), ("--batch-size", "--prompts"), ("--output-dir", "--run"),
+    ("--group-size", "--n"), ("--num-generations", "--n"), ("--epochs", "--steps"),
+    ("--Learning_Rate", "--lr"), ("--LR", "--lr"), ("--baseline", "--objective"),
+    ("k=8", "--k 8"), ("--K=8", "--k 8"), ("N=4", "--n 4"), ("batch_size=4", "--prompts 4"),
+    ("--batch-size=4", "--prompts 4")])
+def test_what_others_call_a_flag_is_answered_with_ours(word, hint):
+    argv = [word, *([] if "=" in word else ["1"])]
+    with pytest.raises(UserError) as refused:
+        cli.parse("", cli.SETTINGS, argv)
+    said = str(refused.value)
+    assert repr(word) in said and f"did you mean {hint}?" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("word", ["--top-p", "--top-k=5", "--min_p"])
+def test_what_would_cut_the_softmax_is_refused_with_the_reason(word):
+    with pytest.raises(UserError, match="right only for the whole softmax"):
+        cli.parse("", cli.SETTINGS, [word, "0.9"])
