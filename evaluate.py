@@ -167,28 +167,34 @@ def summary(curves: list[Curve]) -> list[dict]:
         found = [("", metric, *interval(values)) for metric, values in own.items()]
         if curve is not first and (change := difference(curve, first)):
             found += [(first.name, f"{curve.metric}@{k}", *both) for k, *both in zip(*change)]
+        shared = len({*curve.problems} & {*first.problems})
         rows += [{"data": curve.data, "model": curve.name, "minus": minus, "metric": metric,
                   "mean": mean.item(), "half_width_95": half.item(),
-                  "problems": len(curve.problems)} for minus, metric, mean, half in found]
+                  "problems": shared if minus else len(curve.problems)}
+                 for minus, metric, mean, half in found]
     return rows
 
 
 def table(curves: list[Curve]) -> str:
     """Text of at most 100 columns: for each data set a line per curve, its change below."""
     rows, lines = summary(curves), []
+    short = lambda text: text if len(text) <= 34 else f"...{text[-31:]}"
     for data in dict.fromkeys(row["data"] for row in rows):
-        cells: dict[str, dict[str, str]] = {}  # label -> metric -> cell
+        cells: dict[tuple, dict[str, str]] = {}  # (model, minus) -> metric -> cell
         for row in (row for row in rows if row["data"] == data):
-            label = row["model"] if not row["minus"] else f"{row['model']} - {row['minus']}"
-            cells.setdefault(label[-40:], {})[row["metric"]] = cell(row)
-        width = max(map(len, [data, *cells]))
+            cells.setdefault((row["model"], row["minus"]), {})[row["metric"]] = cell(row)
+        labels = {key: f"  minus {short(key[1])}" if key[1] else short(key[0]) for key in cells}
         columns = list(dict.fromkeys(metric for each in cells.values() for metric in each))
-        size = max(1, (100 - width) // 14)
+        width = max(map(len, [short(data), *labels.values()]))
+        wide = 2 + max(len(text) for each in cells.values() for text in [*each.values(), *each])
+        size = max(1, (100 - width) // wide)
         for part in (columns[i:i + size] for i in range(0, len(columns), size)):
-            lines += ["", f"{data:{width}}" + "".join(f"{metric:>13s} " for metric in part)]
-            lines += [f"{label:{width}}" + "".join(f"{each.get(c, '-'):>14s}" for c in part)
-                      for label, each in cells.items() if set(part) & set(each)]
-    counts = ", ".join(dict.fromkeys(str(row["problems"]) for row in rows))
+            lines += ["", f"{short(data):{width}}" + "".join(f"{c:>{wide - 1}s} " for c in part)]
+            for key, each in cells.items():
+                if set(part) & set(each):
+                    texts = [f"{each.get(c, '-'):>{wide}s}" for c in part]
+                    lines.append(f"{labels[key]:{width}}" + "".join(texts))
+    counts = ", ".join(dict.fromkeys(str(len(curve.problems)) for curve in curves))
     star = "; * = a change whose interval excludes 0" if any(row["minus"] for row in rows) else ""
     lines.append(f"95 % intervals over {counts} problems{star}")
     return "\n".join(line.rstrip() for line in lines[1:])
@@ -279,7 +285,7 @@ def evaluate(args: argparse.Namespace, source: str, name: str) -> list[Curve]:
     try:
         ks = tuple(sorted({int(k) for k in args.k.split(",")})) if args.k else None
     except ValueError:
-        raise UserError(f"--k is {args.k!r}, but must be a list such as 1,4,16") from None
+        raise UserError(f"--k is {args.k!r}, but must be a number or a list (1,4,16)") from None
     if source.endswith(".jsonl"):
         given = [word for word in sample.SAMPLING[2:] if getattr(args, word) is not None]
         if given and all(each.endswith(".jsonl") for each in args.model):

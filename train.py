@@ -238,7 +238,7 @@ def settle(argv: list[str] | None):
         return args
     args.model = args.model or "toy"
     base, adapter = resolve_model(args.model)
-    if Path(args.model).is_dir():
+    if args.model != "toy" and Path(args.model).is_dir():
         args.model = str(Path(args.model).resolve())  # so that the run works from anywhere
     own = {"load_in_4bit": flags_of(args.model).get("load_in_4bit", False)}
     if adapter:

@@ -120,6 +120,9 @@ def main() -> None:
     if own.count < 3:
         raise cli.UserError(f"--count is {own.count}, but must be at least 3")
     model, groups, rewards = draw(args, own.count)
+    if not rewards.any():
+        raise cli.UserError("no answer earned a reward, so there is no gradient to measure: take "
+                            "a larger --count or --n, or easier --data")
     rows = measure(model, groups, rewards, args.temperature, args.prompts)
     print(f"{args.model} on {args.data}: {len(groups)} prompts x {args.n} answers, mean reward "
           f"{rewards.mean():.3f}\n")

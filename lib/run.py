@@ -143,7 +143,7 @@ def flush(path: Path) -> None:
 
 def lock(path: Path, refusal: str):
     """Hold a file until the returned handle is closed. UserError if another process does."""
-    file = path.open("r+b")
+    file = path.open("rb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -277,7 +277,9 @@ class Run:
             asked = (vars(p) for p in problems if p.prompt_ids == rollout.prompt_ids)
             row |= next(asked, {}) | vars(rollout)
         self.write("failures.jsonl", [row])
-        if not isinstance(error, BrokenPolicy):
+        if isinstance(error, BrokenPolicy):  # its checkpoint, if there, is of no use
+            shutil.rmtree(self.folder / f"step_{self.step:06d}", ignore_errors=True)
+        else:
             self.save(learner)
         if isinstance(error, BadNumbers):
             sound = newest_checkpoint(self.folder)

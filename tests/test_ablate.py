@@ -235,7 +235,8 @@ def test_a_failed_cell_harms_no_other_and_its_reason_is_in_the_report(grid):
     assert list(changes_in(text)) == ["RSPO k = 2", "RSPO k = 4"]
     assert "over 4 problems" in text and (grid / "alignment.png").stat().st_size > 10_000
     done = records(grid).values()
-    assert [(len(metrics), len(evals[-1]["ids"])) for evals, metrics in done] == [(STEPS, LIMIT)] * 3
+    sizes = [(len(metrics), len(evals[-1]["ids"])) for evals, metrics in done]
+    assert sizes == [(STEPS, LIMIT)] * 3
 
 
 def test_the_same_command_and_another_experiment_do_nothing_twice(grid, monkeypatch, capsys):

@@ -419,6 +419,7 @@ GOOD = {"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=2
         {"answers": []}, {"answers": [{"text": "x"}]}, {"answers": 5}, {"answers": ["x"]},
         {"answers": [{"text": 5, "finished": True, "tokens": 6}]}, {"answer": None},
         {"answers": [{"text": "x", "finished": True, "tokens": -1}]},
+        {"answers": [{"text": "x", "finished": True, "tokens": math.inf}]},
         {"task": "chess"}, {"answer": "22"}, {"problem": 5})],
     json.dumps({name: value for name, value in GOOD.items() if name != "answer"})])
 def test_a_broken_samples_file_is_refused_with_file_and_line(go, tmp_path, bad):

@@ -110,8 +110,8 @@ def told(model, rollouts, temperature=0.7, noise=0.0, seed=0):
     """The rollouts with the log-probabilities that a sampler of `model` reports."""
     with torch.no_grad():
         logprobs = token_logprobs(model, rollouts, temperature)[0]
-    random = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(seed))
-    values = iter((logprobs + noise * random).tolist())
+    rounding = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(seed))
+    values = iter((logprobs + noise * rounding).tolist())
     return [replace(r, logprobs=tuple(next(values) for _ in r.logprobs)) for r in rollouts]
 
 

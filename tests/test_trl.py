@@ -170,7 +170,7 @@ def test_our_learner_arrives_at_the_same_parameters(recorded, tokenizer):
 
 
 def distance(model, folder: Path, step: int) -> tuple[float, float]:
-    """Largest gap of a parameter between our model and TRL's after a step, and how far TRL's moved."""
+    """Largest gap of a parameter between our model and TRL's, and how far TRL's moved."""
     ours = get_peft_model_state_dict(model)
     before, after = (load_file(folder / f"adapter-{i}.safetensors") for i in (step, step + 1))
     assert ours.keys() == after.keys()

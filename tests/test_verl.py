@@ -301,7 +301,7 @@ def test_problems_are_written_as_train_renders_them(tmp_path, system):
 
 
 def test_a_merged_adapter_comes_back_to_evaluate(tmp_path):
-    """verl's own merger on a state dict named as in its checkpoints; completed, --model takes it."""
+    """verl's own merger on a state dict as in its checkpoints; completed, --model takes it."""
     from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 
     from lib import policy, run
