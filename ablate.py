@@ -62,7 +62,7 @@ EXPERIMENTS = {
 
 def settle(argv: list[str]):
     """Names of the experiments, folder, whether it is the toy, seeds, and train.py's settings."""
-    name, rest = (argv[0], argv[1:]) if argv and argv[0][0] != "-" else ("", argv)
+    name, rest = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else ("", argv)
     if name not in (*EXPERIMENTS, "all", ""):
         cli.fail(f"experiment {name!r} is unknown{cli.nearest(name, EXPERIMENTS)}; "
                  "python ablate.py lists all")

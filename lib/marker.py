@@ -31,7 +31,7 @@ COMMANDS = {name: by for names, by in [
     ("colon", ":"), ("gamma", r"\varsigma"),
 ] for name in names.split()}
 NAME = r"(?:[a-zA-Z]|\\text\{\w+\}|\\[a-z]{2,8})(?:\w*|_\{.*?\})(?:\(\w\))?"
-NAMES = rf"(?:\\angle\s*)?{NAME}|\({NAME}(?:,\s*{NAME})+\)"
+NAMES = rf"{NAME}|\({NAME}(?:,\s*{NAME})+\)"
 UNIT_WORD = r"(?:[a-zA-Z]{4,}|(?:[ckm]m|in|ft|mi|min|kg|lb|[a-z]+/[a-z]+)\b|[aApP]\.?[mM]\b)"
 # The same for more than a word, in this order.
 TIDY = [(re.compile("(?as)" + pattern), by) for pattern, by in [
@@ -65,7 +65,7 @@ PLAIN = re.compile(
     r"(?:(?:\s*(?:\\times|\\cdot|\*)\s*10)?\^\{?-?\d{1,4}\}?)?)")
 # A word, the letter of a choice, a time or a ratio, a number in a base.
 LETTERS = re.compile(r"(?as)(?=.*(?:[a-zA-Z]{4}|[A-Z][a-zA-Z]))[a-zA-Z][\w\s.'-]*|[A-J]"
-                     r"|.*(?::|\\text|\d\)?_).*")
+                     r"|.*(?::|\d\)?_).*")
 UNITS = {alias + plural: names.split()[0] for names in (
     "mm millimeter,cm centimeter,m meter metre,km kilometer,in inch inche,ft foot feet,yd yard,"
     "mi mile mph,g gm gram,kg kilogram,lb pound,oz ounce,s sec second,min minute,h hr hour,day,"
@@ -168,7 +168,7 @@ def _answers(text: str) -> list[str]:
 def _elements(text: str) -> list[str]:
     """Brackets and elements of a point, interval or matrix, else []."""
     inner = _split(text[1:-1], "[,;]") if re.fullmatch(r"[(\[]·*[)\]]", _mask(text)) else []
-    return [text[0] + text[-1], *map(_bare, inner)] if len(inner) > 1 else []
+    return [text[0] + text[-1], *map(_bare, inner)] if inner else []
 
 
 def _quantity(text: str) -> tuple[str, set[str]]:

@@ -95,7 +95,8 @@ def read_config(folder: Path) -> dict | None:
         raise UserError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
         return None
-    if config.get("format") != FORMAT or sorted(config["flags"]) != RUN_FLAGS:
+    known = sorted(config["flags"]) == RUN_FLAGS and isinstance(config["flags"]["model"], str)
+    if config.get("format") != FORMAT or not known:
         raise UserError(f"run directory {folder} was written by another version of train.py")
     return config
 
@@ -230,7 +231,10 @@ class Run:
             raise UserError(f"no checkpoint of {self.folder} is whole; to begin anew, give "
                             "another --run")
         for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):  # the rest is made again
-            rows = [row for row in self.read(name) if row.get("step", 0) <= self.step]
+            rows = self.read(name)
+            if not all(isinstance(row.get("step"), int) for row in rows):
+                raise UserError(f"{self.folder / name} is damaged: a row has no step")
+            rows = [row for row in rows if row["step"] <= self.step]
             cli.write_rows(self.folder / f".{name}", rows, "w")
             os.replace(self.folder / f".{name}", self.folder / name)
         self.loaded = True

@@ -398,7 +398,7 @@ def answers():
     model, tokenizer = policy.load_model(str(run.TOY), dtype="float32")
     prompts = [tuple(tokenizer(f"{number}:").input_ids) for number in range(19307, 19315)]
     sampler = HFSampler(model, tokenizer, [1], 0.7, 12)
-    return cache(lambda seed: sum(sampler.generate(prompts, 4, seed), []))
+    return cache(lambda seed: sum(sampler.generate(prompts, 2, seed), []))
 
 
 def sampled_by(model, rollouts, noise, seed=0, lost=False):

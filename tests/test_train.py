@@ -272,7 +272,10 @@ def test_a_run_leaves_what_it_promises(tiny):
     assert [row["step"] for row in evals] == [0, 2, 3]
     assert all(torch.tensor(row["rewards"]).shape == (4, 4) for row in evals)
     assert evals[0]["ids"] == [p.id for p in tasks.load_problems("countdown:test", 4)]
-    for row in rows(tiny / "samples.jsonl"):
+    samples = rows(tiny / "samples.jsonl")
+    assert [row["step"] for row in samples] == [0] * 4 + [2] * 4 + [3] * 4
+    for row in samples:
+        assert len(row["answers"]) == 4
         for each in row["answers"]:
             right = tasks.grade_countdown(each["text"], row["answer"])
             assert each["reward"] == right * each["finished"]
