@@ -230,12 +230,6 @@ def test_however_a_run_ends_it_says_so_and_goes_on_to_the_same_bits(
     assert signal.getsignal(signal.SIGINT) == handler
 
 
-def test_odd_line_ends_in_an_answer_do_not_break_a_record(tmp_path, tiny):
-    folder, row = run.Run(copy_of(tiny, tmp_path / "run")), {"text": "a\u2028b\x85c\r\nd\ve"}
-    folder.write("samples.jsonl", [row, row])
-    assert folder.read("samples.jsonl")[-2:] == [row, row]
-
-
 def test_a_4bit_run_resumes_and_is_evaluated_in_4_bits(tmp_path):
     folder = go(tmp_path / "run", "--load-in-4bit", "--gradient-checkpointing")
     unbroken = state(folder)
@@ -459,20 +453,21 @@ def test_a_checkpoint_is_on_the_disk_before_its_name_counts(monkeypatch, tmp_pat
 def test_a_read_only_run_directory_is_a_sentence(tiny):
     place = Path(tempfile.mkdtemp())
     folder = copy_of(tiny, place / "run")
+    paths = [place, *place.rglob("*")]
     try:
-        for path in (*folder.rglob("*"), folder, place):
-            path.chmod(0o555 if path.is_dir() else 0o444)
+        for path in paths:
+            path.chmod(0o555)
         if os.geteuid() == 0:  # to whom nothing is read-only
             os.seteuid(65534)
-        with pytest.raises(UserError, match="Permission denied|writable"):
+        with pytest.raises(UserError, match="Permission denied.*step_000003: .* make it writable"):
             train.main(["--resume", str(folder)])
         with pytest.raises(UserError, match="directory .* cannot be made: Permission denied"):
             go(place / "new")
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
-        for path in (place, *place.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        for path in paths:
+            path.chmod(0o755)
         shutil.rmtree(place)
 
 

@@ -35,10 +35,9 @@ MAY_IMPORT = {
 
 def python_files():
     """Every Python file but those of environments and of what runs leave."""
-    for path in sorted(ROOT.rglob("*.py")):
-        first = path.relative_to(ROOT).parts[0]
-        if not first.startswith(".") and first != "runs":
-            yield path
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name != "runs":
+            yield from [path] if path.suffix == ".py" else path.rglob("*.py")
 
 
 def rooms():

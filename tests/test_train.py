@@ -136,8 +136,8 @@ BEFORE_LOADING = [
     ("--k 9", "--k 9 --objective passk: k is 9, but must be a whole number with 1 <= k <= n = 8"),
     ("--k 16:1 --steps 20", "--k 16:1"),
     ("--k 0", "k is 0"),
-    ("--k two", "--k is 'two', but must be a number (4), a list (1,4,16) or a schedule (8:1)"),
-    ("--k 1:2:3", "--k is '1:2:3'"),
+    *[(f"--k {k}", f"--k is '{k}', but must be a number (4), a list (1,4,16) or a schedule (8:1)")
+      for k in ("two", "8:", "1:2:3", "2.5")],
     ("--objective groupmax --k 4:2", "the group maximum needs n divisible by k = 3"),
     ("--objective loo --k 8", "k is 8, but leave-one-out needs k <= n - 1, and n is 8"),
     ("--objective paskk", "--objective: invalid choice: 'paskk'"),
