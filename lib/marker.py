@@ -158,11 +158,10 @@ def _answers(text: str) -> list[str]:
         sides = [side.translate(str.maketrans("<>≤≥", "><≥≤")) for side in sides[::-1]]
     if len(sides) == 3:
         sides = ["-∞", "<", *sides] if re.fullmatch(NAME, sides[0]) else [*sides, "<", "∞"]
-    if len(sides) != 5 or not re.fullmatch(NAME, sides[2]) or {">", "≥"} & set(sides):
-        return parts
-    if re.search(r"(?<![\\a-z])[a-df-hj-z]", sides[0] + sides[4]):  # f(2) < f(1) < f(4)
-        return parts
-    return ["[("[sides[1] == "<"] + f"{sides[0]},{sides[4]}" + "])"[sides[3] == "<"]]
+    shape = re.fullmatch(rf"([^<>≤≥]+)([<≤]){NAME}([<≤])([^<>≤≥]+)", "".join(sides))
+    if not shape or re.search(r"(?<![\\a-z])[a-df-hj-z]", shape[1] + shape[4]):
+        return parts  # as it is, like f(2) < f(1) < f(4)
+    return ["[("[shape[2] == "<"] + f"{shape[1]},{shape[4]}" + "])"[shape[3] == "<"]]
 
 
 def _elements(text: str) -> list[str]:
@@ -271,12 +270,13 @@ def mark(pairs: list[tuple[str, str]]) -> list[float | None]:
 def _ask(pair: tuple[str, str]) -> float | None:
     worker = getattr(_own, "worker", None)
     if worker is None or worker.poll() is not None:
-        worker = _own.worker = subprocess.Popen(
+        worker = subprocess.Popen(
             [sys.executable, "-P", __file__], text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True)  # Ctrl-C is not for workers
         if worker.stdout.readline() != "ready\n":
             raise RuntimeError("marking did not start; is math-verify installed?")
+        _own.worker = worker
     try:
         worker.stdin.write(json.dumps(pair) + "\n")
         worker.stdin.flush()

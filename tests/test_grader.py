@@ -24,6 +24,8 @@ import sys
 import threading
 import time
 from fractions import Fraction
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -223,13 +225,21 @@ def workers():
     return list(marker._threads.map(own, range(2)))
 
 
-def run_worker(judge, lines=1, **limits):
-    """Output and exit code of a worker with another `judge`."""
+def run_worker(judge, lines=1, pause=0.0, **limits):
+    """Output and exit code of a worker with another `judge`, asked so many times."""
     code = "import time; from lib import marker; " + "".join(
         f"marker.{name} = {value}; " for name, value in {"judge": judge, **limits}.items())
-    done = subprocess.run([sys.executable, "-c", code + "marker._work()"], cwd=ROOT, text=True,
-                          input='["", ""]\n' * lines, capture_output=True)
-    return done.stdout, done.returncode
+    worker = subprocess.Popen([sys.executable, "-c", code + "marker._work()"], cwd=ROOT, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL)
+    output = worker.stdout.readline()
+    for _ in range(lines):
+        worker.stdin.write('["", ""]\n')
+        worker.stdin.flush()
+        output += worker.stdout.readline()
+        time.sleep(pause)
+    worker.stdin.close()
+    return output + worker.stdout.read(), worker.wait()
 
 
 def test_an_answer_that_hangs_costs_itself_alone():
@@ -257,6 +267,15 @@ def test_a_worker_that_dies_between_answers_costs_nothing():
     assert marker.mark([RIGHT] * 4) == [1] * 4
 
 
+def test_a_worker_that_dies_while_it_is_written_to_is_buried(monkeypatch):
+    dying = Mock()
+    dying.poll.return_value = None
+    dying.stdin.write.side_effect = BrokenPipeError
+    monkeypatch.setattr(marker, "_own", SimpleNamespace(worker=dying))
+    assert marker._ask(RIGHT) is None
+    dying.wait.assert_called_once()
+
+
 def test_an_answer_is_not_charged_for_a_slow_machine():
     (worker, other), found = workers(), []
     other.kill()
@@ -281,7 +300,7 @@ def test_a_worker_has_a_limit_on_its_memory():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory")
 def test_a_worker_that_swells_ends_without_a_reply():
-    output, code = run_worker("lambda *_: float(len(bytearray(8 << 30)))", lines=2)
+    output, code = run_worker("lambda *_: float(len(bytearray(8 << 30)))")
     assert output == "ready\n" and code != 0
 
 
@@ -290,6 +309,8 @@ def test_a_worker_ends_by_processor_time_and_one_that_waits_by_the_clock():
     assert run_worker(spins, LIMIT_S=0.3) == ("ready\n", -signal.SIGPROF)
     sleeps = "lambda *_: time.sleep(60)"
     assert run_worker(sleeps, LIMIT_S=0.05) == ("ready\n", -signal.SIGALRM)
+    output, _ = run_worker("lambda *_: 1.0", lines=2, pause=1.0, LIMIT_S=0.05)
+    assert output == "ready\n1.0\n1.0\n"
 
 
 def test_what_a_library_prints_or_raises_reaches_no_one():
@@ -300,7 +321,7 @@ def test_what_a_library_prints_or_raises_reaches_no_one():
 def test_a_worker_that_cannot_start_is_said_every_time(monkeypatch):
     monkeypatch.setattr(marker, "_own", threading.local())
     monkeypatch.setattr(sys, "executable", "false")
-    for _ in range(2):
+    for _ in range(20):
         with pytest.raises(RuntimeError, match="math-verify"):
             marker.mark([RIGHT])
 
