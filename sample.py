@@ -37,9 +37,7 @@ from lib.cli import UserError
 from lib.tasks import Problem
 
 CACHE_TOKENS = 2**18  # prompt and answer tokens that the plain sampler holds at a time
-CPU_CACHE_BYTES = 2**30  # vLLM's cache on a machine without a GPU
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be built for
-EVAL_SEED = 10**15  # seeds of training lie below it, those of evaluation above
 
 
 @dataclass(frozen=True)
