@@ -24,7 +24,7 @@ LONGEST = 1000  # characters; longer answers are only strings
 COMMANDS = {name: by for names, by in [
     ("left right big Big bigl bigr displaystyle degree °", ""), ("quad qquad", " "),
     ("mbox underline textbf textit textrm mathbf mathit mathrm boldsymbol bm", r"\text"),
-    ("dfrac tfrac cfrac", r"\frac"), ("dbinom", r"\binom"), ("lt", "<"), ("gt", ">"),
+    ("dfrac tfrac cfrac", r"\frac"), ("lt", "<"), ("gt", ">"),
     ("le leq leqslant", "≤"), ("ge geq geqslant", "≥"), ("ne neq", "≠"), ("in approx ∈", "="),
     ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("infty", "∞"), ("lbrace", r"\{"), ("rbrace", r"\}"),
     ("π", r"\pi "), ("√", r"\sqrt "), ("×", r"\times "), ("·", r"\cdot "), ("− –", "-"),
@@ -43,7 +43,7 @@ TIDY = [(re.compile("(?as)" + pattern), by) for pattern, by in [
     (r"(?<=\d)\s+(?=\d{3}(?!\d))", ""),  # 1\,000
     (r"\^(?:\{\\circ\}|\\circ)|(?<=\d)\.(?!\d)|(?<=\d)_(?:10|\{10\})(?!\d)", ""),
     (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),  # \frac12
-    (r"(\\frac\{[^{}]*\})\s*([\da-z])", r"\1{\2}"),
+    (r"(\\frac\{[^{}]*\})\s*([\da-zA-Z])", r"\1{\2}"),
     (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),
     (r"\\text\{([eid])\}", r"\1"),
     (r"\\text\{,?\s*(?:and|or)\}|\b(?:and|or)\b", ","),
@@ -53,7 +53,7 @@ TIDY = [(re.compile("(?as)" + pattern), by) for pattern, by in [
     (r"(?<=\d)[eE]([-+]?\d+)", r"\\times 10^{\1}"),  # 4.5e33
     (r"\\?%", r"\\text{percent}"),
     (r"(?<=\d)\s*\\text\{\(?base (\d+)\)?\}", r"_\1"),
-    (rf"(?<=[\d)}}])\s*({UNIT_WORD}[a-zA-Z ./]*)", r"\\text{\1}"),
+    (rf"(?:(?<=[\d)}}])\s*|(?<=\\pi)\s+)({UNIT_WORD}[a-zA-Z ./]*)", r"\\text{\1}"),
     (rf"\\\{{{NAME}\s*(?:=\s*\\mathbb\{{?R\}}?)?\s*(?:\\mid|:|\|)", r"\\{"),
     (r"^(?:[a-z]\s*≠|\\mathbb\{R\}\s*\\setminus\s*\\\{)([^{},]+?)(?:\\\})?$", r"(-∞,\1)∪(\1,∞)"),
     (r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)?\s*\\end\{\1\}",
@@ -151,7 +151,7 @@ def _answers(text: str) -> list[str]:
     parts = [_bare(part) for part in _split(text)]
     if len(parts) > 1:
         return [answer for part in parts for answer in _answers(part)]
-    if "±" in text:
+    if re.search("[±∓]", text):
         return [_bare(text.translate(str.maketrans("±∓", signs))) for signs in ("+-", "-+")]
     sides = re.split(r"\s*([<>≤≥])\s*", "".join(parts))  # 0, ≤, x, <, 5
     if sides[1:2] in ([">"], ["≥"]):
