@@ -138,11 +138,14 @@ def run_script(main) -> None:
 
 def refuse_early(parse_flags) -> None:
     """Before a script loads torch, which takes seconds: is a flag wrong, is a package missing?"""
-    run_script(parse_flags)
-    for package in ("torch", "transformers", "peft", "tqdm", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            sys.exit(f"the package {package} is missing: pip install -r requirements.txt, or "
+    def check() -> None:
+        parse_flags()
+        for package in ("torch", "transformers", "peft", "tqdm", "matplotlib"):
+            if importlib.util.find_spec(package) is None:
+                fail(f"the package {package} is missing: pip install -r requirements.txt, or "
                      "requirements-cpu.txt without a GPU (make demo does it by itself)")
+
+    run_script(check)
 
 
 def read_rows(path: Path, appended: bool = False) -> list[tuple[int, dict]]:

@@ -175,6 +175,7 @@ class Run:
                 (unfinished / "config.json").write_text(text + "\n")
                 unfinished.rename(folder)
             except OSError as error:
+                shutil.rmtree(unfinished, ignore_errors=True)
                 raise UserError(f"run directory {folder} cannot be made: {error.strerror}; "
                                 "give another --run") from error
         self._lock = lock(folder / "config.json", f"run directory {folder} is in use by another "

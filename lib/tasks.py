@@ -235,9 +235,13 @@ def countdown_value(expression: str) -> int | None:
     """Value of digits joined by + - *, * first: "3*5+7-2" -> 20. None if it is anything else."""
     if not re.fullmatch(r"[1-9](?:[+\-*][1-9])*", expression):
         return None
-    terms = re.findall(r"[+-]?[1-9*]+", expression)
-    factors = ([int(digit) for digit in re.findall("[1-9]", term)] for term in terms)
-    return sum(math.prod(f) * (-1 if term[0] == "-" else 1) for term, f in zip(terms, factors))
+    value, term = 0, int(expression[0])
+    for operator, digit in zip(expression[1::2], map(int, expression[2::2])):
+        if operator == "*":
+            term *= digit
+        else:
+            value, term = value + term, digit if operator == "+" else -digit
+    return value + term
 
 
 def grade_countdown(text: str, answer: str, graded: bool = False) -> float:

@@ -11,9 +11,7 @@
 
 import json
 import multiprocessing
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
