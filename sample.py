@@ -23,6 +23,7 @@ SETTINGS = {**{name: cli.SETTINGS[name] for name in SAMPLING},
 if __name__ == "__main__":
     cli.refuse_early(lambda: cli.parse(__doc__, SETTINGS))
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -263,12 +264,17 @@ def open_sampler(args, problems: list[Problem]):
     return sampler, problems
 
 
-def sample_blocks(sampler, problems: list[Problem], n: int, seed: int, label: str, start: int = 0):
+def stream(*place) -> int:
+    """Seed of the random numbers that are drawn at one place (run's seed, purpose, step, ...)."""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7])
+
+
+def sample_blocks(sampler, problems: list[Problem], n: int, place: tuple, label: str, start=0):
     """Yield the rollouts [..][n] of the problems from `start` on, a block at a time."""
     with tqdm(total=len(problems), initial=start, desc=label, leave=False, disable=None) as bar:
         for begin in range(start, len(problems), sampler.block):
             prompts = [p.prompt_ids for p in problems[begin:begin + sampler.block]]
-            yield sampler.generate(prompts, n, seed + begin * n)  # each block has its own seeds
+            yield sampler.generate(prompts, n, stream(*place, begin))
             bar.update(len(prompts))
 
 
@@ -331,7 +337,8 @@ def sample_to_file(path: Path, settings: dict, problems: list[Problem], sampler)
         done -= done % sampler.block if done < len(problems) else 0
         os.truncate(path, sum(len(line) + 1 for line in path.read_bytes().split(b"\n")[:done]))
         label, n = f"sampling {settings['model']} on {settings['data']}", settings["n"]
-        for groups in sample_blocks(sampler, problems, n, settings["seed"], label, done):
+        place = settings["seed"], "sample", settings["data"]
+        for groups in sample_blocks(sampler, problems, n, place, label, done):
             answers = [[{"text": r.text, "finished": r.finished, "tokens": len(r.completion_ids)}
                         for r in group] for group in groups]
             cli.write_rows(path, [
@@ -343,7 +350,7 @@ def sample_to_file(path: Path, settings: dict, problems: list[Problem], sampler)
 def ask(args) -> None:
     """Print n answers to one question, those that agree together, the most frequent first."""
     sampler, [problem] = open_sampler(args, [tasks.question(args.ask, args.data)])
-    [rollouts] = sampler.generate([problem.prompt_ids], args.n, args.seed)
+    [rollouts] = sampler.generate([problem.prompt_ids], args.n, stream(args.seed, "ask"))
     groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         answer = tasks.vote(rollout.text) if rollout.finished else "(cut off)"

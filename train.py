@@ -50,12 +50,13 @@ def train(args, run: Run, learner, sampler, problems: list, held_out: list) -> N
 
         # n answers to each of P problems, from the policy as it is now
         batch = [problems[i] for i in batch_at(len(problems), step, args.prompts, args.seed)]
-        groups = sampler.generate([p.prompt_ids for p in batch], args.n, seed_at(args, step))
+        seed = sample.stream(args.seed, "train", step)
+        groups = sampler.generate([p.prompt_ids for p in batch], args.n, seed)
         clock.lap("sample")
 
         # which of them are right (as a noisy grader would say, with --flip)
         rewards, failures = grade(batch, groups)  # (P, n)
-        noisy = flipped(rewards, args.flip, seed_at(args, step))  # (P, n)
+        noisy = flipped(rewards, args.flip, sample.stream(args.seed, "flip", step))  # (P, n)
         clock.lap("grade")
 
         # what each adds to the best of k: this line is the method
@@ -83,7 +84,8 @@ def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
     if any(row["step"] == run.step for row in run.read("evals.jsonl")):
         return
     groups, label = [], f"evaluating at step {run.step}"
-    for block in sample.sample_blocks(sampler, held_out, args.eval_n, args.seed + 10**15, label):
+    place = args.seed, "evaluate", run.step
+    for block in sample.sample_blocks(sampler, held_out, args.eval_n, place, label):
         groups += block
         run.stop_if_asked()
     rewards, failures = grade(held_out, groups)  # (M, n)
@@ -121,11 +123,6 @@ def batch_at(total: int, step: int, size: int, seed: int) -> list[int]:
             order = random.Random(f"{seed}/{epoch}").sample(range(total), total)
         indices.append(order[offset])
     return indices
-
-
-def seed_at(args, step: int) -> int:
-    """A block of P n seeds for each step, so that no two answers of a run share one."""
-    return args.seed * 10**10 + step * args.prompts * args.n
 
 
 def ks_at(spec: str, step: int, steps: int) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ def draw(args, count: int):
     problems = tasks.encode(problems, tokenizer, model.config, args.max_new_tokens)
     sampler = sample.HFSampler(model, tokenizer, sample.stop_ids(model, tokenizer),
                                args.temperature, args.max_new_tokens)
-    blocks = sample.sample_blocks(sampler, problems, args.n, args.seed, "sampling")
+    blocks = sample.sample_blocks(sampler, problems, args.n, (args.seed, "noise"), "sampling")
     groups = [group for block in blocks for group in block]
     rewards, _ = tasks.grade_all(problems, groups)
     return model, groups, torch.tensor(rewards)

@@ -109,13 +109,20 @@ def test_every_epoch_visits_every_problem_once(problems, size):
     assert [at(step, seed=2) for step in range(60)] != [at(step) for step in range(60)]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 99999])
-def test_no_two_samples_of_a_run_share_a_seed(seed):
-    args = SimpleNamespace(seed=seed, prompts=64, n=8)
-    starts = [*(train.seed_at(args, step) for step in range(1000)), seed + 10**15]
-    next_run = train.seed_at(SimpleNamespace(seed=seed + 1, prompts=64, n=8), 0)
-    blocks = sorted((start, start + 512) for start in [*starts, next_run])
-    assert all(end <= start for (_, end), (start, _) in zip(blocks, blocks[1:]))
+def test_no_two_samples_share_a_random_stream(tmp_path, monkeypatch):
+    """Neither within a run, its evaluations included, nor in runs of seeds 31 and 32."""
+    taken, generate = set(), sample.HFSampler.generate
+
+    def record(self, prompts, n, seed):
+        block = set(range(seed, seed + len(prompts) * n))  # answer j of prompt i: seed + i n + j
+        assert not taken & block and seed % 2**32 not in {one % 2**32 for one in taken}
+        taken.update(block)
+        return generate(self, prompts, n, seed)
+
+    monkeypatch.setattr(sample.HFSampler, "generate", record)
+    for seed in (31, 32):
+        go(tmp_path / str(seed), "--seed", seed, "--eval-every", 1)
+    assert len(taken) > 200
 
 
 def test_a_share_of_the_rewards_is_flipped_the_same_for_the_same_seed():
@@ -326,11 +333,10 @@ def test_every_objective_learns_the_mean_of_its_weights_over_the_ks(
 
 def test_flipped_rewards_are_learned_and_the_true_ones_are_shown(tmp_path, updates):
     folder = go(tmp_path / "run", "--flip", 0.5, "--objective", "reward")
-    args = SimpleNamespace(seed=5, prompts=3, n=8)
     metrics = rows(folder / "metrics.jsonl")
     for step, (row, (rollouts, weights)) in enumerate(zip(metrics, updates, strict=True)):
         rewards = true_rewards(rollouts).float()
-        noisy = train.flipped(rewards, 0.5, train.seed_at(args, step))
+        noisy = train.flipped(rewards, 0.5, sample.stream(5, "flip", step))
         assert torch.equal(weights, noisy.double().flatten())
         assert not torch.equal(noisy, rewards)
         assert row["reward"] == pytest.approx(rewards.mean().item())
@@ -409,9 +415,9 @@ def test_an_adapter_keeps_its_rank_and_its_base(tmp_path, tiny):
                         (["--load-in-4bit"], "--load-in-4bit is True")):
         with pytest.raises(UserError, match=f"{said}, but the adapter of .* has"):
             train.settle(["--model", str(tiny), *flags])
-    folder = go(tmp_path / "run", "--model", tiny)
-    first = rows(folder / "evals.jsonl")[0]  # it begins where the other ended
-    assert first["rewards"] == rows(tiny / "evals.jsonl")[-1]["rewards"]
+    folder = go(tmp_path / "run", "--model", tiny, "--lr", 1e-12)  # begins where that ended
+    begun, ended = (load_file(run.newest_checkpoint(each) / run.WEIGHTS) for each in (folder, tiny))
+    assert all(torch.allclose(begun[name], ended[name], atol=1e-9) for name in ended)
     base, _ = run.resolve_model(str(folder))
     assert base == str(run.TOY)
 
