@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ROOT / "walkthrough.ipynb"
-DRAWS = re.compile(r"plt\.(figure|subplots)|Image\(")
+DRAWS = re.compile(r"plt\.(figure|subplots)|demo\.draw\(")
 
 
 def run(notebook) -> None:

@@ -19,7 +19,7 @@ CODE = ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
 
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import evaluate
 import sample
@@ -44,7 +44,8 @@ def train(folder: Path, ks=KS, flags=FLAGS) -> dict[int, Path]:
             processes.append(subprocess.Popen(command, cwd=CODE, stdout=log, stderr=log,
                                               env={**os.environ, "OMP_NUM_THREADS": "1"}))
     label = "training for " + " and ".join(f"k = {k}" for k in ks)
-    with tqdm(total=len(ks) * cli.SETTINGS["steps"].toy, desc=label, unit=" steps", mininterval=1) as bar:
+    with tqdm(total=len(ks) * cli.SETTINGS["steps"].toy, desc=label, unit=" steps", mininterval=1,
+              file=sys.stdout) as bar:
         while any(process.poll() is None for process in processes):
             time.sleep(0.2)
             rows = [path / "metrics.jsonl" for path in runs.values()]
@@ -66,6 +67,12 @@ def curves(runs: dict[int, Path], ks=(1, 2, 4, 8, 16, 32)) -> list[evaluate.Curv
             held_out = [problems[each] for each in row["ids"]]
             found.append(evaluate.make_curve(name, held_out, row["rewards"], ks))
     return [curve for i, curve in enumerate(found) if i == 0 or curve.name != "before"]
+
+
+def texts_of(runs: dict[int, Path], problems: list[tasks.Problem]) -> dict[str, list[list[str]]]:
+    """Eight answers [P][8] to each problem, before and after training for each k."""
+    return {"before": answers("toy", problems)} | {
+        f"k = {k}": answers(str(path), problems) for k, path in runs.items()}
 
 
 def answers(model: str, problems: list[tasks.Problem], n: int = 8) -> list[list[str]]:
@@ -126,8 +133,7 @@ def main() -> None:
     _, one, best = found
     at = dict(zip(SHOWN, zip(*(curve.values.mean(0).tolist() for curve in found))))
     problems = tasks.load_problems("divisor:test", 200)
-    texts = {name: answers(str(model), problems)
-             for name, model in zip(("before", *(f"k = {k}" for k in KS)), ("toy", *runs.values()))}
+    texts = texts_of(runs, problems)
     draw(curves(runs), texts, FOLDER / "demo.png")
 
     sentence = ("\nWith 8 tries the toy finds a divisor of this share of the numbers: before {:.2f},"
