@@ -244,7 +244,7 @@ def test_a_typo_is_refused_before_torch_is_loaded(tmp_path, script):
 
 def test_a_run_directory_that_exists_is_refused_and_kept(tiny):
     before = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
-    with pytest.raises(UserError, match=f"must be a new folder.*: --resume {tiny}"):
+    with pytest.raises(UserError, match=f"{tiny}, but must be a new folder.*or --resume it"):
         go(tiny)
     assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == before
 
@@ -450,7 +450,8 @@ def printed(capsys, step, steps=3, **change):
 ALARMS = [
     ({"truncated": 0.6}, "cut off", "raise --max-new-tokens"),
     ({"reward": 0.99, "zero_weight_prompts": 1.0}, "solved", "take harder --data"),
-    ({"zero_weight_prompts": 1.0}, "no signal", "easier or harder --data"),
+    ({"zero_weight_prompts": 1.0}, "no signal", "a larger --n"),
+    ({"truncated": 0.6, "logprob_gap_mean": 0.2}, "gap", "--dtype"),  # the first one counts
     ({"entropy": 0.01}, "collapse", "lower --lr or raise --k"),
     ({"logprob_gap_mean": 0.2}, "gap", "try --dtype float32"),
 ]
