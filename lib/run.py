@@ -163,19 +163,19 @@ class Run:
         final = self.folder / f"step_{self.step:06d}"
         if whole(final):
             return final
-        unfinished = self.folder / f".{final.name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        learner.model.save_pretrained(unfinished)
-        moments = {f"{name}:{kind}": value for name, parameter in learner.named.items()
-                   for kind, value in learner.optimizer.state[parameter].items()}
-        save_file(moments, unfinished / MOMENTS)
-        sums = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
-        state = {"base": fingerprint(learner.model), "sha256": sums}
-        (unfinished / "state.json").write_text(json.dumps(state, indent=1))
-        for path in [*unfinished.iterdir(), *self.folder.glob("*.jsonl"), unfinished]:
-            flush(path)  # on disk before the rename makes it count
-        shutil.rmtree(final, ignore_errors=True)  # damaged, if there
-        unfinished.rename(final)
+        with TemporaryDirectory(".unfinished", f".{final.name}", self.folder) as place:
+            unfinished = Path(place, "checkpoint")
+            learner.model.save_pretrained(unfinished)
+            moments = {f"{name}:{kind}": value for name, parameter in learner.named.items()
+                       for kind, value in learner.optimizer.state[parameter].items()}
+            save_file(moments, unfinished / MOMENTS)
+            sums = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
+            state = {"base": fingerprint(learner.model), "sha256": sums}
+            (unfinished / "state.json").write_text(json.dumps(state, indent=1))
+            for path in [*unfinished.iterdir(), *self.folder.glob("*.jsonl"), unfinished]:
+                flush(path)  # on disk before the rename makes it count
+            shutil.rmtree(final, ignore_errors=True)  # damaged, if there
+            unfinished.rename(final)
         flush(self.folder)
         return final
 
