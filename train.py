@@ -193,7 +193,8 @@ def report_run(run: Run, held_out: list) -> None:
     """Table and figures of a run, before against after, and a few answers to read."""
     first, *_, last = run.read("evals.jsonl")
     ks = tuple(k for k in evaluate.powers_of_two(len(first["rewards"][0])) if k <= 32)
-    curves = [evaluate.make_curve(name, held_out, row["rewards"], ks)
+    known = {p.id: p for p in held_out}
+    curves = [evaluate.make_curve(name, [known[i] for i in row["ids"]], row["rewards"], ks)
               for name, row in (("before", first), (f"after {last['step']} steps", last))]
     print(f"\n{evaluate.table(curves)}\n\na few answers after training (reward)")
     for row in run.read("samples.jsonl"):
@@ -254,15 +255,21 @@ def check(args, graded: bool) -> None:
             cli.fail(f"--k {args.k} --objective {args.objective}: {error}")
 
 
+def digests_of(problems: list, held_out: list) -> dict[str, str]:
+    """A hash of what is asked and what is right, of the training and the held-out problems."""
+    texts = {name: repr([(p.id, p.question, p.answer, p.task, p.prompt) for p in each])
+             for name, each in (("training", problems), ("held-out", held_out))}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
 def config_of(args, problems: list, held_out: list) -> dict:
-    """What config.json holds: settings, versions, git commit, digest of the problems."""
+    """What config.json holds."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
     used = {"torch", "transformers", "peft", "vllm"} & sys.modules.keys()
-    data = repr([(p.id, p.question, p.answer, p.task, p.prompt) for p in problems + held_out])
     return {"flags": {name: getattr(args, name) for name in RUN_FLAGS},
             "versions": {name: sys.modules[name].__version__ for name in sorted(used)},
-            "git_commit": commit, "data": hashlib.sha256(data.encode()).hexdigest()}
+            "git_commit": commit, "data": digests_of(problems, held_out)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -274,21 +281,26 @@ def main(argv: list[str] | None = None) -> None:
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(
         args.data, args.eval_data, args.limit)
     check(args, problems[0].graded)
+    if args.resume:
+        for which, digest in digests_of(problems, held_out).items():
+            if digest != read_config(args.resume)["data"].get(which):
+                cli.fail(f"--resume {args.resume}: its {which} problems have changed since it "
+                         "began: start a new run, or put the old data back")
     model, tokenizer = policy.load_model(base, adapter, args.dtype, trainable_adapter=True,
                                          load_in_4bit=args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    problems, held_out = (tasks.encode(each, tokenizer, model.config, args.max_new_tokens)
-                          for each in (problems, held_out))
-    sampler = sample.make_sampler(args, model, tokenizer, problems + held_out,
+    asked = [tasks.encode(each, tokenizer, model.config, args.max_new_tokens)
+             for each in (problems, held_out)]
+    sampler = sample.make_sampler(args, model, tokenizer, sum(asked, []),
                                   (args.resume or args.run) / ".adapter", args.gpu_memory)
     run = run or Run(args.run, config_of(args, problems, held_out))
     learner = policy.Learner(model, args.lr, args.temperature, args.micro_batch_tokens,
                              cap=2.0 if args.sampler == "vllm" else 0.0)
-    with run.guarded(learner, problems + held_out):
-        train(args, run, learner, sampler, problems, held_out)
+    with run.guarded(learner, sum(asked, [])):
+        train(args, run, learner, sampler, *asked)
     report_run(run, held_out)
 
 

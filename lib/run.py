@@ -27,7 +27,7 @@ TOY = Path(__file__).resolve().parent.parent / "toy"
 ORGANISATIONS = {  # on the hub, of the families that a short name begins with
     "Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google",
     "OLMo": "allenai", "DeepSeek": "deepseek-ai", "Mistral": "mistralai", "phi": "microsoft"}
-FORMAT = 2  # of a run directory; another version of it has another number
+FORMAT = 3  # of a run directory; another version of it has another number
 WEIGHTS, MOMENTS = "adapter_model.safetensors", "optimizer.safetensors"
 FILES = {"adapter_config.json", WEIGHTS, MOMENTS}
 RUN_FLAGS = sorted(SETTINGS.keys() - {"run", "resume"})

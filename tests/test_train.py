@@ -13,9 +13,11 @@ That a run survives what a machine does to it is the proof of test_faults.py.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -264,7 +266,7 @@ def test_a_run_leaves_what_it_promises(tiny):
     config = run.read_config(tiny)
     assert {"torch", "transformers", "peft"} <= config["versions"].keys()
     assert (config["flags"]["lr"], config["flags"]["n"]) == (1e-3, 8)
-    assert len(config["data"]) == 64 and len(config["git_commit"]) in (0, 40)
+    assert [len(digest) for digest in config["data"].values()] == [64, 64] and len(config["git_commit"]) in (0, 40)
     metrics = rows(tiny / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert {tuple(row) for row in metrics} == {(
@@ -394,6 +396,33 @@ def test_the_toy_is_the_embedded_one_wherever_it_is_called(monkeypatch, tmp_path
     (tmp_path / "toy").mkdir()
     monkeypatch.chdir(tmp_path)
     assert [train.settle(flags).model for flags in ([], ["--model", "toy"])] == ["toy", "toy"]
+
+
+@pytest.mark.parametrize("which, name", [("training", "train"), ("held-out", "test")])
+@pytest.mark.parametrize("change", ["id", "question", "answer"])
+def test_a_run_does_not_go_on_with_changed_data(monkeypatch, tmp_path, which, name, change):
+    *problems, other = tasks.load_problems("countdown", 7)
+    files = {"train": problems[:3], "test": problems[3:]}
+    monkeypatch.setattr(tasks, "read_jsonl", lambda path: files[path.stem])
+    flags = ["--data", "train.jsonl", "--eval-data", "test.jsonl", "--steps", 1]
+    folder = go(tmp_path / "run", *flags)
+    shutil.rmtree(folder / "step_000001")
+    train.main(["--resume", str(folder)])
+    files[name][0] = replace(files[name][0], **{change: getattr(other, change)})
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("refused too late"))
+    with pytest.raises(UserError, match=f"its {which} problems have changed since it began"):
+        train.main(["--resume", str(folder)])
+
+
+def test_the_report_takes_each_evaluations_own_problems(monkeypatch, tiny, capsys):
+    """In whatever order they are listed: paired by id, nothing changes from itself."""
+    [first, *_] = rows(tiny / "evals.jsonl")
+    turned = first | {"step": 3, "ids": first["ids"][::-1], "rewards": first["rewards"][::-1]}
+    records = {"evals.jsonl": [first, turned]}
+    fake = SimpleNamespace(read=lambda name: records.get(name, []), folder=tiny)
+    train.report_run(fake, tasks.load_problems("countdown:test", 4))
+    [line] = [each for each in capsys.readouterr().out.splitlines() if "minus before" in each]
+    assert not re.search("[1-9]", line), line
 
 
 def test_steps_without_signal_change_nothing_and_are_shown(monkeypatch, tmp_path):
