@@ -122,13 +122,20 @@ def batch_at(total: int, step: int, size: int, seed: int) -> list[int]:
     return [order[position // total][position % total] for position in positions]
 
 
-def ks_at(spec: str, step: int, steps: int) -> tuple[int, ...]:
-    """The ks of a step: "4" is one, "1,4,16" a mixture, "8:1" anneals 8, 7, ..., 1."""
+def ks_at(spec: str, step: int, steps: int) -> tuple:
+    """The ks of a step: "4" is one, "1,4,16" a mixture, "8:1" anneals 8, 7, ..., 1.
+
+    "harmonic" stands for all of them at once, and is passed on to the weights.
+    """
+    if spec == "harmonic":
+        return (spec,)
     if ":" not in spec:
         return tuple(map(int, spec.split(",")))
     first, last = map(int, spec.split(":"))
-    sign = 1 if first < last else -1
-    return (first + sign * (step * (abs(last - first) + 1) // steps),)
+    sign, count = 1 if first < last else -1, abs(last - first) + 1
+    if count > steps:
+        raise ValueError("more values than steps")
+    return (first + sign * (step * count // steps),)
 
 
 # ---------------------------------------------------------------- what a step reports
@@ -144,49 +151,58 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
     right = {(p, r.text) for p, group in enumerate(groups)
              for r, reward in zip(group, rewards[p].tolist()) if reward == 1}
     metric = "max" if batch[0].graded else "pass"
-    at = lambda *ks: torch.stack([rspo.max_at_k(rewards, k).mean() for k in ks]).mean().item()
+    ks_shown = [len(groups[0]) if k == "harmonic" else k for k in ks]
+    at = lambda ks: torch.stack([rspo.max_at_k(rewards, k).mean() for k in ks]).mean().item()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # macOS: bytes
     return {
         "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
-        f"{metric}@1": at(1), f"{metric}@k": at(*ks),
+        f"{metric}@1": at([1]), f"{metric}@k": at(ks_shown),
         "distinct_correct": len(right) / len(groups),
         "zero_weight_prompts": (weights == 0).all(-1).double().mean().item(),
         "truncated": mean(not r.finished for r in rollouts),
         "completion_tokens": mean(len(r.completion_ids) for r in rollouts),
         "entropy": -mean(sum(r.logprobs) for r in rollouts), **stats,
+        "clipped": float(stats["grad_norm"] > policy.MAX_GRAD_NORM),
         **{f"{part}_seconds": end - begin for part, begin, end in zip(PARTS, clock, clock[1:])},
         "peak_memory_gb": (torch.cuda.max_memory_allocated() or resident) / 2**30,
     }
 
 
 ALARMS = {  # column, lowest and highest value that rings, what to change; the first one counts
-    "gap": ("logprob_gap_mean", 0.05, INF, "sampler and learner disagree: try --dtype float32"),
+    "gap": ("logprob_gap_mean", 0.05, INF, "it samples another policy: --sampler hf --dtype float32"),
     "cut off": ("truncated", 0.5, INF, "cut-off answers earn 0: raise --max-new-tokens"),
     "solved": ("reward", 0.95, INF, "nothing is left to learn: take harder --data"),
-    "no signal": ("zero_weight_prompts", 0.95, INF, "other --data, or a larger --n"),
-    "collapse": ("entropy", -INF, 0.05, "one answer per prompt: lower --lr or raise --k"),
+    "no signal": ("zero_weight_prompts", 0.95, INF, "take other --data or a larger --n"),
+    "collapse": ("entropy", -INF, 0.05, "one answer per prompt: lower --lr or raise --k of passk"),
 }
 
 
 def report_step(args, run: Run, row: dict) -> None:
-    """Keep a row; print ten of them per run, with the alarms that they set off."""
+    """Keep a row; ten times per run print the mean since the last line, and an alarm."""
     run.write("metrics.jsonl", [row])
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         with SummaryWriter(run.folder / "tensorboard", purge_step=row["step"]) as board:
             for name in row.keys() - {"k"}:
                 board.add_scalar(name, row[name] or 0.0, row["step"])
-    if row["step"] != 1 and row["step"] % max(1, args.steps // 10):
+    every = max(1, args.steps // 10)
+    if row["step"] != 1 and row["step"] % every:
         return
+    rows = run.read("metrics.jsonl")[-every:]
+    if row["step"] == every > 1:
+        rows = rows[1:]  # the first one has its line already
+    mean = {name: sum(each[name] or 0 for each in rows) / len(rows) for name in row.keys() - {"k"}}
     for name, (column, low, high, sentence) in ALARMS.items():
-        if low < (row[column] or 0) < high:
+        if low < mean[column] < high:
             tqdm.write(f"step {row['step']}: {name}: {sentence}")
             break
     best = next(name for name in row if name.endswith("@k"))
-    seconds = sum(value for name, value in row.items() if name.endswith("_seconds"))
-    tqdm.write(f"step {row['step']:>4d}/{args.steps}  reward {row['reward']:.3f}  "
-               f"{best[:-1]}{row['k']} {row[best]:.3f}  entropy {row['entropy']:.2f}  "
-               f"no signal {row['zero_weight_prompts']:.0%}  {seconds:.2f} s")
+    seconds = sum(value for name, value in mean.items() if name.endswith("_seconds"))
+    lost = round(mean["grader_failures"] * len(rows))
+    tqdm.write(f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
+               f"{best} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
+               f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s"
+               + f"  {lost} answers not graded" * (lost > 0))
 
 
 def report_run(run: Run, held_out: list) -> None:
@@ -246,8 +262,8 @@ def check(args, graded: bool) -> None:
     try:
         ks = {k for step in range(args.steps) for k in ks_at(args.k, step, args.steps)}
     except ValueError:
-        cli.fail(f"--k is {args.k!r}, but must be a number (4), a list (1,4,16) or a "
-                 "schedule (8:1)")
+        cli.fail(f"--k is {args.k!r}, but must be a number (4), a list (1,4,16), harmonic, or a "
+                 f"schedule (8:1) of at most --steps = {args.steps} values")
     for k in sorted(ks):
         try:  # the weights themselves know what they can do
             rspo.OBJECTIVES[args.objective]([0.5 * graded] * args.n, k)
