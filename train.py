@@ -169,7 +169,7 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
 
 
 ALARMS = {  # column, lowest and highest value that rings, what to change; the first one counts
-    "gap": ("logprob_gap_mean", 0.05, INF, "it samples another policy: --sampler hf --dtype float32"),
+    "gap": ("logprob_gap_mean", 0.05, INF, "sampler and learner differ: --sampler hf --dtype float32"),
     "cut off": ("truncated", 0.5, INF, "cut-off answers earn 0: raise --max-new-tokens"),
     "solved": ("reward", 0.95, INF, "nothing is left to learn: take harder --data"),
     "no signal": ("zero_weight_prompts", 0.95, INF, "take other --data or a larger --n"),
@@ -292,7 +292,8 @@ def main(argv: list[str] | None = None) -> None:
     args = settle(argv)
     run = Run(args.resume) if args.resume else None  # in use? refused before anything is loaded
     base, adapter = resolve_model(args.model)
-    if base == str(TOY):
+    toy = base == str(TOY)
+    if toy:
         torch.set_num_threads(1)  # too small to share: threads would wait for each other
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(
         args.data, args.eval_data, args.limit)
@@ -302,8 +303,8 @@ def main(argv: list[str] | None = None) -> None:
             if digest != read_config(args.resume)["data"].get(which):
                 cli.fail(f"--resume {args.resume}: its {which} problems have changed since it "
                          "began: start a new run, or put the old data back")
-    model, tokenizer = policy.load_model(base, adapter, args.dtype, trainable_adapter=True,
-                                         load_in_4bit=args.load_in_4bit)
+    model, tokenizer = policy.load_model(base, adapter, args.dtype, "cpu" if toy else None, True,
+                                         args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     if args.gradient_checkpointing:

@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "model": Setting("toy, hub id, short name, folder or run", "toy"),
-    "k": Setting("best of how many: 4, a list 1,4,16, a schedule 8:1", "4"),
+    "k": Setting("best of how many: 4, a list 1,4,16, a schedule 8:1, harmonic", "4"),
     "objective": Setting("weights", "passk", choices=("passk", "maxk", "loo", "groupmax", "plugin",
                                                       "grpo", "reward")),
     "data": Setting("countdown, math, gsm8k, a hub id or .jsonl file", "math", "countdown"),
@@ -40,8 +40,9 @@ SETTINGS = {
     "micro_batch_tokens": Setting("tokens in one forward pass", 16384, least=1),
     "gradient_checkpointing": Setting("recompute activations", True, toy=False),
     "load_in_4bit": Setting("base model in 4 bits (NF4)", False),
-    "dtype": Setting("of the base model", "auto", choices=("auto", "float32", "bfloat16")),
-    "sampler": Setting("vLLM or plain PyTorch", "auto", choices=("auto", "vllm", "hf")),
+    "dtype": Setting("of the base model", "auto", toy="float32",
+                     choices=("auto", "float32", "bfloat16")),
+    "sampler": Setting("vLLM or plain PyTorch", "auto", toy="hf", choices=("auto", "vllm", "hf")),
     "gpu_memory": Setting("vLLM's share of the GPU", 0.45, least=0.01, most=0.99),
     "seed": Setting("of everything random", 0, least=0, most=99999),
     "eval_data": Setting("held-out data; follows from --data", kind=str),
@@ -88,7 +89,7 @@ def refuse(word: str, settings: dict[str, Setting]) -> None:
     name = MEANT.get(name, name)
     if name in ("top_p", "top_k", "min_p"):
         fail(f"{word} is not for RSPO: its gradient is right only for the whole softmax")
-    hint = nearest(flag(name), map(flag, settings))
+    hint = nearest(flag(name), map(flag, settings), 0.75)
     if name in settings:
         hint = f", did you mean {flag(name)} {value}".rstrip() + "?"
     fail(f"{word!r} is no flag and belongs to none{hint}; see --help")
@@ -110,9 +111,9 @@ def fail(sentence: str):
     raise UserError(sentence)
 
 
-def nearest(name: str, known) -> str:
+def nearest(name: str, known, cutoff: float = 0.65) -> str:
     """", did you mean 'x'?" where a known name is near, else ""."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(known), 1, cutoff)
     return f", did you mean {near[0]!r}?" if near else ""
 
 

@@ -33,7 +33,7 @@ FILES = {"adapter_config.json", WEIGHTS, MOMENTS}
 RUN_FLAGS = sorted(SETTINGS.keys() - {"run", "resume"})
 
 
-def resolve_model(name: str) -> tuple[str, Path | None]:
+def resolve_model(name: str, seen=()) -> tuple[str, Path | None]:
     """Base (folder or hub id) and adapter folder, if any, of what --model names."""
     folder = Path(name)
     if name == "toy":
@@ -43,8 +43,10 @@ def resolve_model(name: str) -> tuple[str, Path | None]:
             raise UserError(f"checkpoint {folder} is damaged: name its run instead")
         return read_adapter(folder).base_model_name_or_path, folder
     if config := read_config(folder):
+        if name in seen:
+            raise UserError(f"run directory {name} is its own --model: its config.json is wrong")
         if newest := newest_checkpoint(folder):
-            return resolve_model(str(config["flags"]["model"]))[0], newest
+            return resolve_model(str(config["flags"]["model"]), (*seen, name))[0], newest
         raise UserError(f"run directory {name} holds no whole checkpoint (step_...)")
     if folder.is_dir():
         return name, None
@@ -57,7 +59,8 @@ def resolve_model(name: str) -> tuple[str, Path | None]:
     for family, organisation in ORGANISATIONS.items():
         if name.lower().startswith(family.lower()):
             return f"{organisation}/{name}", None
-    raise UserError(f"model {name!r} is unknown{nearest(name, ['toy', *ORGANISATIONS])}; "
+    family = name.rstrip("0123456789.-")
+    raise UserError(f"model {name!r} is unknown{nearest(family, ['toy', *ORGANISATIONS])}; "
                     "give toy, a hub id (owner/name), a folder or such a hub model's name")
 
 

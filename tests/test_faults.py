@@ -123,6 +123,17 @@ def full_disk(*_):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, FILE_SIZES[1]))
 
 
+def stop():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def full_disk_and(what):
+    def act(*_):
+        full_disk()
+        return what()
+    return act
+
+
 def left(happens):
     """The unbroken run, and then this happens to its directory."""
     def end(folder, patch, tiny):
@@ -173,6 +184,11 @@ ENDINGS = {  # name: how it ends, what it says, the newest whole checkpoint
     "gap": (in_step_2(gap), SKIPPED + "sampler and learner disagree.*{go on}", 1),
     "no memory": (in_step_2(no_memory), SKIPPED + "too little memory to learn.*{go on}", 1),
     "full log": (in_step_2(full_log, 1), "No space left.*" + ROOM, 1),
+    **{f"full disk, {name}": (in_step_2(act, save_every), "stopped: .*large.*" + ROOM, newest)
+       for name, act, save_every, newest in (
+           ("asked to stop", full_disk_and(stop), 1, 1),
+           ("asked to stop early", full_disk_and(stop), 3, None),
+           ("giving up", full_disk_and(lambda: [[NAN] * 8] * 3), 3, None))},
     "full disk": (in_step_2(full_disk, 1), "stopped: .*large.*" + ROOM, 1),
     **{f"{name} {how}": (damaged(how, name), "step_000003 is damaged and left aside\n", 2)
        for how in ("flipped", "truncated", "missing", "empty")
@@ -392,6 +408,13 @@ def damaged_record(name):
         b"\0\0\0\n" + (folder / name).read_bytes())
 
 
+def its_own_model(folder):
+    """Directly, and by way of another run."""
+    other = copy_of(folder, folder.parent / "other")
+    change_config(lambda config: config["flags"].update(model=str(other)))(folder)
+    change_config(lambda config: config["flags"].update(model=str(folder)))(other)
+
+
 def other_data(which):
     """The digest of the data is that of others: what a changed file comes to."""
     return change_config(lambda config: config["data"].update({which: "x"}))
@@ -402,8 +425,9 @@ REFUSED = {  # name: what happened to a finished run, what --resume says
     "no whole checkpoint": (no_whole_checkpoint, "no checkpoint of .* is whole"),
     "another base": (another_base, "step_000003 was written with another base model"),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+    "its own model": (its_own_model, "run directory .* is its own --model"),
     "no format": (change_config(lambda config: config.pop("format")), ANOTHER_VERSION),
-    "next format": (change_config(lambda config: config.update(format=run.FORMAT + 1)), ANOTHER_VERSION),
+    "next format": (change_config(lambda c: c.update(format=run.FORMAT + 1)), ANOTHER_VERSION),
     "a flag less": (change_config(lambda config: config["flags"].pop("flip")), ANOTHER_VERSION),
     "a flag more": (change_config(lambda c: c["flags"].update(keep=2)), ANOTHER_VERSION),
     **{f"other {which} data": (other_data(which), f"its {which} problems have changed since")
