@@ -169,7 +169,7 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
 
 
 ALARMS = {  # column, lowest and highest value that rings, what to change; the first one counts
-    "gap": ("logprob_gap_mean", 0.05, INF, "sampler and learner differ: --sampler hf --dtype float32"),
+    "gap": ("logprob_gap_mean", 0.05, INF, "off-policy: take --sampler hf --dtype float32"),
     "cut off": ("truncated", 0.5, INF, "cut-off answers earn 0: raise --max-new-tokens"),
     "solved": ("reward", 0.95, INF, "nothing is left to learn: take harder --data"),
     "no signal": ("zero_weight_prompts", 0.95, INF, "take other --data or a larger --n"),
