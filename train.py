@@ -4,10 +4,10 @@
     python train.py --model Qwen2.5-Math-1.5B --k 4   the real thing, on one GPU
     python train.py --resume runs/NAME                go on where a run stopped
 
-One on-policy update per step: no clipped ratios, no KL term, no value model. `train` is the
-whole loop. Left out on purpose: several GPUs, full fine-tuning, sampling ahead of learning.
+One on-policy update per step: no clipped ratios, no KL term, no value model.
+Left out on purpose: several GPUs, full fine-tuning, sampling ahead of learning.
 
-Shapes: P prompts per step, n answers of each.
+Shapes: P prompts per step, n answers of each, M held-out problems.
 """
 
 from lib import cli
@@ -32,7 +32,7 @@ import evaluate
 import rspo
 import sample
 from lib import policy, tasks
-from lib.cli import UserError, flag
+from lib.cli import flag
 from lib.run import RUN_FLAGS, TOY, Run, flags_of, read_adapter, read_config, resolve_model
 
 
@@ -42,22 +42,22 @@ def train(args, run: Run, learner, sampler, problems: list, held_out: list) -> N
     """From `run.step` on: sample, grade, weigh, update."""
     bar = tqdm(total=args.steps, initial=run.step, desc="training", disable=None)
     while run.step < args.steps:
-        clock, step = Clock(), run.step
+        clock, step = [time.perf_counter()], run.step
         sampler.sync(learner.model, version=step)
         if step == 0 or args.eval_every and step % args.eval_every == 0:
             evaluate_policy(args, run, sampler, held_out)
-        clock.lap("evaluate")
+        clock.append(time.perf_counter())
 
         # n answers to each of P problems, from the policy as it is now
         batch = [problems[i] for i in batch_at(len(problems), step, args.prompts, args.seed)]
         seed = sample.stream(args.seed, "train", step)
         groups = sampler.generate([p.prompt_ids for p in batch], args.n, seed)
-        clock.lap("sample")
+        clock.append(time.perf_counter())
 
         # which of them are right (as a noisy grader would say, with --flip)
         rewards, failures = grade(batch, groups)  # (P, n)
         noisy = flipped(rewards, args.flip, sample.stream(args.seed, "flip", step))  # (P, n)
-        clock.lap("grade")
+        clock.append(time.perf_counter())
 
         # what each adds to the best of k: this line is the method
         ks = ks_at(args.k, step, args.steps)
@@ -66,7 +66,7 @@ def train(args, run: Run, learner, sampler, problems: list, held_out: list) -> N
         # one step along the mean over prompts of (1/n) sum_i W_i grad log pi(y_i)
         stats = learner.update([r for group in groups for r in group], weights.flatten())
         run.step += 1
-        clock.lap("learn")
+        clock.append(time.perf_counter())
 
         report_step(args, run, metrics_row(
             run.step, ks, batch, groups, rewards, weights, clock,
@@ -89,12 +89,11 @@ def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
         groups += block
         run.stop_if_asked()
     rewards, failures = grade(held_out, groups)  # (M, n)
-    rows = list(zip(held_out, groups, rewards.tolist()))
+    few = list(zip(held_out, groups, rewards.tolist()))[::-(-len(groups) // 8)]
     run.write("samples.jsonl", [
         {"step": run.step, "id": p.id, "task": p.task, "problem": p.question, "answer": p.answer,
          "answers": [{"text": r.text, "finished": r.finished, "reward": reward}
-                     for r, reward in list(zip(group, values))[:4]]}
-        for p, group, values in rows[::-(-len(rows) // 8)]])  # eight, from all over the data
+                     for r, reward in zip(group[:4], values)]} for p, group, values in few])
     run.write("evals.jsonl", [{"step": run.step, "ids": [p.id for p in held_out],
                                "rewards": rewards.tolist(), "grader_failures": failures}])
 
@@ -116,108 +115,111 @@ def flipped(rewards: Tensor, share: float, seed: int) -> Tensor:
 
 def batch_at(total: int, step: int, size: int, seed: int) -> list[int]:
     """Problems of a step: on through a fresh shuffle per epoch. Depends on nothing else."""
-    indices = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(position, total)
-        if not indices or offset == 0:
-            order = random.Random(f"{seed}/{epoch}").sample(range(total), total)
-        indices.append(order[offset])
-    return indices
+    positions = range(step * size, (step + 1) * size)
+    epochs = {position // total for position in positions}
+    order = {epoch: random.Random(f"{seed}/{epoch}").sample(range(total), total)
+             for epoch in epochs}
+    return [order[position // total][position % total] for position in positions]
 
 
-def ks_at(spec: str, step: int, steps: int) -> tuple[int, ...]:
-    """The ks of a step: "4" is one, "1,4,16" a mixture, "8:1" anneals 8, 7, ..., 1."""
+def ks_at(spec: str, step: int, steps: int) -> tuple:
+    """The ks of a step: "4" is one, "1,4,16" a mixture, "8:1" anneals 8, 7, ..., 1.
+
+    "harmonic" stands for all of them at once, and is passed on to the weights.
+    """
+    if spec == "harmonic":
+        return (spec,)
     if ":" not in spec:
         return tuple(map(int, spec.split(",")))
     first, last = map(int, spec.split(":"))
-    values = range(first, last - 1, -1) if first >= last else range(first, last + 1)
-    return (values[step * len(values) // steps],)
+    sign, count = 1 if first < last else -1, abs(last - first) + 1
+    if count > steps:
+        raise ValueError("more values than steps")
+    return (first + sign * (step * count // steps),)
 
 
 # ---------------------------------------------------------------- what a step reports
 
-class Clock:
-    """Seconds of each part of a step."""
-
-    def __init__(self):
-        self.laps, self._last = {}, time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.laps[part], self._last = now - self._last, now
+PARTS = ("evaluate", "sample", "grade", "learn")  # of a step, between marks of its clock
+INF = float("inf")
 
 
 def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> dict:
     """One row of metrics.jsonl. The README defines every column."""
     rollouts = [r for group in groups for r in group]
-    tokens = sum(len(r.completion_ids) for r in rollouts)
+    mean = lambda values: sum(values) / len(rollouts)
+    right = {(p, r.text) for p, group in enumerate(groups)
+             for r, reward in zip(group, rewards[p].tolist()) if reward == 1}
     metric = "max" if batch[0].graded else "pass"
-    best = [rspo.max_at_k(rewards, k).mean() for k in (1, *ks)]
-    right = [{r.text for r, reward in zip(group, row) if reward == 1}
-             for group, row in zip(groups, rewards.tolist())]
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of KiB (macOS: bytes)
+    ks_shown = [len(groups[0]) if k == "harmonic" else k for k in ks]
+    at = lambda ks: torch.stack([rspo.max_at_k(rewards, k).mean() for k in ks]).mean().item()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # macOS: bytes
     return {
         "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
-        f"{metric}@1": best[0].item(), f"{metric}@k": torch.stack(best[1:]).mean().item(),
-        "distinct_correct": sum(map(len, right)) / len(right),
+        f"{metric}@1": at([1]), f"{metric}@k": at(ks_shown),
+        "distinct_correct": len(right) / len(groups),
         "zero_weight_prompts": (weights == 0).all(-1).double().mean().item(),
-        "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
-        "completion_tokens": tokens / len(rollouts),
-        "entropy": -sum(sum(r.logprobs) for r in rollouts) / len(rollouts), **stats,
-        **{f"{part}_seconds": seconds for part, seconds in clock.laps.items()},
+        "truncated": mean(not r.finished for r in rollouts),
+        "completion_tokens": mean(len(r.completion_ids) for r in rollouts),
+        "entropy": -mean(sum(r.logprobs) for r in rollouts), **stats,
+        "clipped": float(stats["grad_norm"] > policy.MAX_GRAD_NORM),
+        **{f"{part}_seconds": end - begin for part, begin, end in zip(PARTS, clock, clock[1:])},
         "peak_memory_gb": (torch.cuda.max_memory_allocated() or resident) / 2**30,
     }
 
 
-ALARMS = {  # name: when it rings, what it means and what to change
-    "cut off": (lambda row: row["truncated"] > 0.5,
-                "most answers are cut off and earn 0: raise --max-new-tokens"),
-    "solved": (lambda row: row["reward"] > 0.95,
-               "nothing is left to learn: take harder --data"),
-    "no signal": (lambda row: row["zero_weight_prompts"] > 0.95 and row["reward"] <= 0.95,
-                  "take easier or harder --data, or a larger --n"),
-    "collapse": (lambda row: row["entropy"] < 0.05,
-                 "the policy gives one answer per prompt: lower --lr or raise --k"),
-    "gap": (lambda row: (row["logprob_gap_mean"] or 0) > 0.05,
-            "sampler and learner disagree: try --dtype float32"),
+ALARMS = {  # column, lowest and highest value that rings, what to change; the first one counts
+    "gap": ("logprob_gap_mean", 0.05, INF, "off-policy: take --sampler hf --dtype float32"),
+    "cut off": ("truncated", 0.5, INF, "cut-off answers earn 0: raise --max-new-tokens"),
+    "solved": ("reward", 0.95, INF, "nothing is left to learn: take harder --data"),
+    "no signal": ("zero_weight_prompts", 0.95, INF, "take other --data or a larger --n"),
+    "collapse": ("entropy", -INF, 0.05, "one answer per prompt: lower --lr or raise --k of passk"),
 }
 
 
 def report_step(args, run: Run, row: dict) -> None:
-    """Keep a row; print ten of them per run, with the alarms that they set off."""
+    """Keep a row; ten times per run print the mean since the last line, and an alarm."""
     run.write("metrics.jsonl", [row])
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         with SummaryWriter(run.folder / "tensorboard", purge_step=row["step"]) as board:
             for name in row.keys() - {"k"}:
                 board.add_scalar(name, row[name] or 0.0, row["step"])
-    if row["step"] != 1 and row["step"] % max(1, args.steps // 10):
+    every = max(1, args.steps // 10)
+    if row["step"] != 1 and row["step"] % every:
         return
-    for name, (rings, sentence) in ALARMS.items():
-        if rings(row):
+    rows = run.read("metrics.jsonl")[-every:]
+    if row["step"] == every > 1:
+        rows = rows[1:]  # the first one has its line already
+    mean = {name: sum(each[name] or 0 for each in rows) / len(rows) for name in row.keys() - {"k"}}
+    for name, (column, low, high, sentence) in ALARMS.items():
+        if low < mean[column] < high:
             tqdm.write(f"step {row['step']}: {name}: {sentence}")
+            break
     best = next(name for name in row if name.endswith("@k"))
-    seconds = sum(value for name, value in row.items() if name.endswith("_seconds"))
-    tqdm.write(f"step {row['step']:>4d}/{args.steps}  reward {row['reward']:.3f}  "
-               f"{best[:-1]}{row['k']} {row[best]:.3f}  entropy {row['entropy']:.2f}  "
-               f"no signal {row['zero_weight_prompts']:.0%}  {seconds:.2f} s")
+    seconds = sum(value for name, value in mean.items() if name.endswith("_seconds"))
+    lost = round(mean["grader_failures"] * len(rows))
+    tqdm.write(f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
+               f"{best} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
+               f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s"
+               + f"  {lost} answers not graded" * (lost > 0))
 
 
 def report_run(run: Run, held_out: list) -> None:
     """Table and figures of a run, before against after, and a few answers to read."""
     first, *_, last = run.read("evals.jsonl")
-    ks = [k for k in evaluate.powers_of_two(len(first["rewards"][0])) if k <= 32]
-    curves = [evaluate.make_curve(name, held_out, row["rewards"], tuple(ks))
+    ks = tuple(k for k in evaluate.powers_of_two(len(first["rewards"][0])) if k <= 32)
+    known = {p.id: p for p in held_out}
+    curves = [evaluate.make_curve(name, [known[i] for i in row["ids"]], row["rewards"], ks)
               for name, row in (("before", first), (f"after {last['step']} steps", last))]
     print(f"\n{evaluate.table(curves)}\n\na few answers after training (reward)")
     for row in run.read("samples.jsonl"):
         if row["step"] == last["step"]:
-            answers = "   ".join(f"{a['text'][-200:]} ({a['reward']:g})" for a in row["answers"])
-            print(f"  {row['problem'][:200]}  ->  {answers}")
+            answers = [f"{a['text'][-200:]} ({a['reward']:g})" for a in row["answers"]]
+            print(f"  {row['problem'][:200]}  ->  {'   '.join(answers)}")
     evaluate.plot(curves, run.folder / "curves.png", run.folder.name)
     evaluate.plot_history(run.read("metrics.jsonl"), run.folder / "history.png")
-    print(f"\nfigures: {run.folder}/curves.png and history.png; next: python evaluate.py "
-          f"--model {run.folder}")
+    print(f"\nfigures: {run.folder}/*.png; next: python evaluate.py --model {run.folder}")
 
 
 # ---------------------------------------------------------------- the script
@@ -228,9 +230,9 @@ def settle(argv: list[str] | None):
     if args.resume:
         for name in RUN_FLAGS:
             if getattr(args, name) is not None:
-                raise UserError(f"--resume brings every setting: leave out {flag(name)}")
+                cli.fail(f"--resume brings every setting: leave out {flag(name)}")
         if not (config := read_config(args.resume)):
-            raise UserError(f"--resume {args.resume}: no run directory there")
+            cli.fail(f"--resume {args.resume}: no run directory there")
         vars(args).update(config["flags"])
         return args
     args.model = args.model or "toy"
@@ -240,71 +242,82 @@ def settle(argv: list[str] | None):
     own = {"load_in_4bit": flags_of(args.model).get("load_in_4bit", False)}
     if adapter:
         own["lora_rank"] = read_adapter(adapter).r
-    for name, value in own.items():
-        if adapter and getattr(args, name) not in (None, value):
-            raise UserError(f"{flag(name)} is {getattr(args, name)}, but the adapter of "
-                            f"{args.model} has {value}: leave it out")
+        for name, value in own.items():
+            if getattr(args, name) not in (None, value):
+                cli.fail(f"{flag(name)} is {getattr(args, name)}, but the adapter of "
+                         f"{args.model} has {value}")
     cli.settle(args, cli.SETTINGS, base == str(TOY), own)
     args.sampler = sample.pick_sampler(args.sampler)
     name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
     args.run = args.run or Path("runs") / name.replace(":", "to").replace(",", "_")
     if args.run.exists() or ".." in args.run.parts:
-        raise UserError(f"--run is {args.run}, but must be a new folder, without '..'; to go on "
-                        f"with one: --resume {args.run}")
+        cli.fail(f"--run is {args.run}, but must be a new folder, without '..' (or --resume it)")
     return args
 
 
 def check(args, graded: bool) -> None:
-    """UserError for a k, n, objective and rewards that cannot go together."""
+    """Refuse a k, n, objective and rewards that cannot go together."""
     if graded and args.flip:
-        raise UserError(f"--flip is {args.flip}, but {args.data} has rewards between 0 and 1")
+        cli.fail(f"--flip is {args.flip}, but {args.data} has rewards between 0 and 1")
     try:
         ks = {k for step in range(args.steps) for k in ks_at(args.k, step, args.steps)}
     except ValueError:
-        raise UserError(f"--k is {args.k!r}, but must be a number (4), a list (1,4,16) or a "
-                        "schedule (8:1)") from None
+        cli.fail(f"--k is {args.k!r}, but must be a number (4), a list (1,4,16), harmonic, or a "
+                 f"schedule (8:1) of at most --steps = {args.steps} values")
     for k in sorted(ks):
         try:  # the weights themselves know what they can do
             rspo.OBJECTIVES[args.objective]([0.5 * graded] * args.n, k)
         except ValueError as error:
-            raise UserError(f"--k {args.k} --objective {args.objective}: {error}") from None
+            cli.fail(f"--k {args.k} --objective {args.objective}: {error}")
+
+
+def digests_of(problems: list, held_out: list) -> dict[str, str]:
+    """A hash of what is asked and what is right, of the training and the held-out problems."""
+    texts = {name: repr([(p.id, p.question, p.answer, p.task, p.prompt) for p in each])
+             for name, each in (("training", problems), ("held-out", held_out))}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def config_of(args, problems: list, held_out: list) -> dict:
-    """What config.json holds: settings, versions, git commit, digest of the problems."""
+    """What config.json holds."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
     used = {"torch", "transformers", "peft", "vllm"} & sys.modules.keys()
-    data = repr([(p.id, p.question, p.answer, p.task, p.prompt) for p in problems + held_out])
     return {"flags": {name: getattr(args, name) for name in RUN_FLAGS},
             "versions": {name: sys.modules[name].__version__ for name in sorted(used)},
-            "git_commit": commit, "data": hashlib.sha256(data.encode()).hexdigest()}
+            "git_commit": commit, "data": digests_of(problems, held_out)}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = settle(argv)
     run = Run(args.resume) if args.resume else None  # in use? refused before anything is loaded
     base, adapter = resolve_model(args.model)
-    if base == str(TOY):
+    toy = base == str(TOY)
+    if toy:
         torch.set_num_threads(1)  # too small to share: threads would wait for each other
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(
         args.data, args.eval_data, args.limit)
     check(args, problems[0].graded)
-    model, tokenizer = policy.load_model(base, adapter, args.dtype, trainable_adapter=True,
-                                         load_in_4bit=args.load_in_4bit)
+    if args.resume:
+        for which, digest in digests_of(problems, held_out).items():
+            if digest != read_config(args.resume)["data"].get(which):
+                cli.fail(f"--resume {args.resume}: its {which} problems have changed since it "
+                         "began: start a new run, or put the old data back")
+    model, tokenizer = policy.load_model(base, adapter, args.dtype, "cpu" if toy else None, True,
+                                         args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    problems, held_out = (tasks.encode(each, tokenizer, model.config, args.max_new_tokens)
-                          for each in (problems, held_out))
-    sampler = sample.make_sampler(args, model, tokenizer, problems + held_out,
+    asked = [tasks.encode(each, tokenizer, model.config, args.max_new_tokens)
+             for each in (problems, held_out)]
+    sampler = sample.make_sampler(args, model, tokenizer, sum(asked, []),
                                   (args.resume or args.run) / ".adapter", args.gpu_memory)
     run = run or Run(args.run, config_of(args, problems, held_out))
     learner = policy.Learner(model, args.lr, args.temperature, args.micro_batch_tokens,
                              cap=2.0 if args.sampler == "vllm" else 0.0)
-    with run.guarded(learner, problems + held_out):
-        train(args, run, learner, sampler, problems, held_out)
+    with run.guarded(learner, sum(asked, [])):
+        train(args, run, learner, sampler, *asked)
     report_run(run, held_out)
 
 

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 class Setting(NamedTuple):
     help: str
-    default: object = None  # of a mathematics model; None: it follows from other settings
+    default: object = None  # None: it follows from other settings
     toy: object = None  # the toy model's default, where it is another one
     least: float | None = None
     most: float = 1e15
@@ -24,79 +24,72 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "model": Setting("toy, hub id, short name, local folder or run directory", "toy"),
-    "k": Setting("best of how many: 4, a list 1,4,16 or a schedule 8:1", "4"),
+    "model": Setting("toy, hub id, short name, folder or run", "toy"),
+    "k": Setting("best of how many: 4, a list 1,4,16, a schedule 8:1, harmonic", "4"),
     "objective": Setting("weights", "passk", choices=("passk", "maxk", "loo", "groupmax", "plugin",
                                                       "grpo", "reward")),
-    "data": Setting("divisor, math, gsm8k, a hub data set or a .jsonl file", "math", "divisor"),
+    "data": Setting("divisor, math, gsm8k, a hub id or .jsonl file", "math", "divisor"),
     "n": Setting("answers per problem", 16, toy=32, least=1),
     "prompts": Setting("problems per step", 32, toy=16, least=1),
     "steps": Setting("number of updates", 200, toy=100, least=1),
     "lr": Setting("learning rate of AdamW", 2e-5, toy=1e-3, least=1e-12),
     "lora_rank": Setting("rank of the adapter", 16, toy=8, least=1),
-    "flip": Setting("share of the training rewards that is flipped", 0.0, least=0, most=0.5),
+    "flip": Setting("share of training rewards flipped", 0.0, least=0, most=0.5),
     "temperature": Setting("sampling temperature", 1.0, least=1e-6),
     "max_new_tokens": Setting("longest answer, in tokens", 2048, toy=6, least=1),
     "micro_batch_tokens": Setting("tokens in one forward pass", 16384, least=1),
     "gradient_checkpointing": Setting("recompute activations", True, toy=False),
-    "load_in_4bit": Setting("keep the base model in 4 bits (NF4)", False),
-    "dtype": Setting("of the base model", "auto", choices=("auto", "float32", "bfloat16")),
-    "sampler": Setting("vLLM or plain PyTorch", "auto", choices=("auto", "vllm", "hf")),
+    "load_in_4bit": Setting("base model in 4 bits (NF4)", False),
+    "dtype": Setting("of the base model", "auto", toy="float32",
+                     choices=("auto", "float32", "bfloat16")),
+    "sampler": Setting("vLLM or plain PyTorch", "auto", toy="hf", choices=("auto", "vllm", "hf")),
     "gpu_memory": Setting("vLLM's share of the GPU", 0.45, least=0.01, most=0.99),
     "seed": Setting("of everything random", 0, least=0, most=99999),
-    "eval_data": Setting("held-out data (default: follows from --data)", kind=str),
+    "eval_data": Setting("held-out data; follows from --data", kind=str),
     "eval_n": Setting("answers per held-out problem", 16, toy=64, least=1),
-    "eval_every": Setting("steps between evaluations; 0: before and after", 0, least=0),
+    "eval_every": Setting("steps between evaluations; 0: at the ends", 0, least=0),
     "limit": Setting("use so many held-out problems", toy=200, least=1, kind=int),
     "save_every": Setting("steps between checkpoints", 20, toy=50, least=1),
-    "tensorboard": Setting("also write the columns for TensorBoard", False),
-    "run": Setting("new run directory (default: runs/<what>-<time>)", kind=Path),
-    "resume": Setting("run directory to go on with, all settings included", kind=Path),
+    "tensorboard": Setting("write for TensorBoard, too", False),
+    "run": Setting("new run directory, else runs/<what>-<time>", kind=Path),
+    "resume": Setting("run directory to go on with", kind=Path),
 }
 MEANT = {"learning_rate": "lr", "batch_size": "prompts", "output_dir": "run", "epochs": "steps",
          "group_size": "n", "num_generations": "n", "baseline": "objective"}  # what others say
-PLACEHOLDERS = {int: "N", float: "X", Path: "PATH", str: "NAME", list: "NAME"}
+HOW = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
+       str: {"metavar": "NAME"}, list: {"metavar": "NAME", "nargs": "+"},
+       Path: {"type": Path, "metavar": "PATH"}, bool: {"action": argparse.BooleanOptionalAction}}
 
 
 def parse(doc: str, settings: dict[str, Setting], argv: list[str] | None = None):
-    """The settings that were given, None for the others. UserError for what cannot be."""
+    """The settings that were given, None for the others."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description="\n\n".join(doc.split("\n\n")[:2]),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
-        allow_abbrev=False)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
     for name, each in settings.items():
-        kind = each.kind or type(each.default)
-        how = {"type": kind, "metavar": PLACEHOLDERS.get(kind), "choices": each.choices}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        if kind is list:
-            how |= {"type": str, "nargs": "+"}
-        words = [", ".join(each.choices or ())] + [
-            f"{what} {value}" for what, value in (("default", each.default), ("toy", each.toy))
-            if value is not None]
-        known = "; ".join(filter(None, words))
-        parser.add_argument(flag(name), help=each.help + (f" ({known})" if known else ""), **how)
+        kind, text = each.kind or type(each.default), each.help
+        for what, value in (("default", each.default), ("toy", each.toy)):
+            text += f" [{what} {value}]" if value is not None else ""
+        how = {"choices": each.choices} if each.choices else HOW[kind]
+        parser.add_argument(flag(name), help=text, **how)
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
-        refuse_word(word, settings)
+        refuse(word, settings)
     for name, each in settings.items():
-        value = getattr(args, name)
-        if each.least is not None and value is not None and not each.least <= value <= each.most:
-            most = f" and at most {each.most}" if each.most < 1e15 else ""
-            fail(f"{flag(name)} is {value}, but must be at least {each.least}{most}")
+        value, least, most = getattr(args, name), each.least, each.most
+        if None not in (least, value) and not least <= value <= most:
+            fail(f"{flag(name)} is {value}, but must be at least {least} and at most {most:g}")
     return args
 
 
-def refuse_word(word: str, settings) -> None:
-    """UserError for a word that is no flag, with the flag that was meant where one is near."""
-    name, _, value = word.lstrip("-").partition("=")
-    name = name.lower().replace("-", "_")
+def refuse(word: str, settings: dict[str, Setting]) -> None:
+    """Refuse a word that is no flag, with the one that was meant, where one is near."""
+    name, _, value = word.lstrip("-").lower().replace("-", "_").partition("=")
     name = MEANT.get(name, name)
     if name in ("top_p", "top_k", "min_p"):
-        fail(f"{word} is not for RSPO: its gradient is right only for the whole softmax at "
-             "--temperature")
-    hint = nearest(flag(name), map(flag, settings))
+        fail(f"{word} is not for RSPO: its gradient is right only for the whole softmax")
+    hint = nearest(flag(name), map(flag, settings), 0.75)
     if name in settings:
         hint = f", did you mean {flag(name)} {value}".rstrip() + "?"
     fail(f"{word!r} is no flag and belongs to none{hint}; see --help")
@@ -118,56 +111,49 @@ def fail(sentence: str):
     raise UserError(sentence)
 
 
-def nearest(name: str, known) -> str:
-    """", did you mean 'x'?" where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known, cutoff: float = 0.65) -> str:
+    """", did you mean 'x'?" where a known name is near, else ""."""
+    near = difflib.get_close_matches(name, list(known), 1, cutoff)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
 def run_script(main) -> None:
     """Run main: what the user can put right ends in one sentence and exit code 1."""
-    name = Path(sys.argv[0]).name
     try:
         main()
     except (UserError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; nothing that was finished is lost", file=sys.stderr)
+        print("\nstopped; nothing that was finished is lost", file=sys.stderr)
         sys.exit(130)
 
 
 def refuse_early(parse_flags) -> None:
-    """Before a script loads torch, which takes seconds: is a flag wrong, is a package missing?"""
-    def check() -> None:
-        parse_flags()
-        for package in ("torch", "transformers", "peft", "tqdm", "matplotlib"):
-            if importlib.util.find_spec(package) is None:
-                fail(f"the package {package} is missing: pip install -r requirements.txt, or "
-                     "requirements-cpu.txt without a GPU (make demo does it by itself)")
-
-    run_script(check)
+    """Before torch is loaded, which takes seconds: a wrong flag, a missing package."""
+    run_script(parse_flags)
+    for package in ("torch", "transformers", "peft", "tqdm", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            run_script(lambda: fail(f"the package {package} is missing: pip install -r "
+                                    "requirements.txt (without a GPU requirements-cpu.txt)"))
 
 
 def read_rows(path: Path, appended: bool = False) -> list[tuple[int, dict]]:
-    """(line number, object) of each line of a .jsonl file. UserError names file and line.
+    """(line number, object) of each line of a .jsonl file.
 
-    appended: rows are added whole, so behind the last newline is half a row or nothing.
+    appended: rows are added whole; behind the last newline is half a row or nothing.
     """
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")  # texts may hold other line ends
+        lines = path.read_bytes().decode().split("\n")  # texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"file {path} cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(lines[:-1] if appended else lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"it is a {type(row).__name__}")
-                json.dumps(row, ensure_ascii=False).encode()  # fails for half a character
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
-            rows.append((number, row))
+        try:
+            if line.strip():
+                rows.append((number, {**json.loads(line)}))
+                json.dumps(rows[-1], ensure_ascii=False).encode()  # half a character fails
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
     return rows
 
 

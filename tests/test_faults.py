@@ -123,6 +123,17 @@ def full_disk(*_):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, FILE_SIZES[1]))
 
 
+def stop():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def full_disk_and(what):
+    def act(*_):
+        full_disk()
+        return what()
+    return act
+
+
 def left(happens):
     """The unbroken run, and then this happens to its directory."""
     def end(folder, patch, tiny):
@@ -160,7 +171,7 @@ def old_clock(folder):
 
 
 SKIPPED = "UserError: step 2 was not applied: "
-ROOM = "checkpoint is .*step_000001: make room, or make it writable, and {go on}"
+ROOM = "; make room, or make it writable, and {go on}"
 ENDINGS = {  # name: how it ends, what it says, the newest whole checkpoint
     **{f"signal {number}": (in_step_2(lambda *_, number=number: signal.raise_signal(number)),
                             f"SystemExit: {code} .*step_000002 is whole, {{go on}}", 2)
@@ -173,7 +184,12 @@ ENDINGS = {  # name: how it ends, what it says, the newest whole checkpoint
     "gap": (in_step_2(gap), SKIPPED + "sampler and learner disagree.*{go on}", 1),
     "no memory": (in_step_2(no_memory), SKIPPED + "too little memory to learn.*{go on}", 1),
     "full log": (in_step_2(full_log, 1), "No space left.*" + ROOM, 1),
-    "full disk": (in_step_2(full_disk, 1), "step_000002 could not be written.*large.*" + ROOM, 1),
+    **{f"full disk, {name}": (in_step_2(act, save_every), "stopped: .*large.*" + ROOM, newest)
+       for name, act, save_every, newest in (
+           ("asked to stop", full_disk_and(stop), 1, 1),
+           ("asked to stop early", full_disk_and(stop), 3, None),
+           ("giving up", full_disk_and(lambda: [[NAN] * 8] * 3), 3, None))},
+    "full disk": (in_step_2(full_disk, 1), "stopped: .*large.*" + ROOM, 1),
     **{f"{name} {how}": (damaged(how, name), "step_000003 is damaged and left aside\n", 2)
        for how in ("flipped", "truncated", "missing", "empty")
        for name in sorted([*run.FILES, "state.json"])},
@@ -392,15 +408,30 @@ def damaged_record(name):
         b"\0\0\0\n" + (folder / name).read_bytes())
 
 
+def its_own_model(folder):
+    """Directly, and by way of another run."""
+    other = copy_of(folder, folder.parent / "other")
+    change_config(lambda config: config["flags"].update(model=str(other)))(folder)
+    change_config(lambda config: config["flags"].update(model=str(folder)))(other)
+
+
+def other_data(which):
+    """The digest of the data is that of others: what a changed file comes to."""
+    return change_config(lambda config: config["data"].update({which: "x"}))
+
+
 ANOTHER_VERSION = "run directory .* was written by another version of train.py"
 REFUSED = {  # name: what happened to a finished run, what --resume says
     "no whole checkpoint": (no_whole_checkpoint, "no checkpoint of .* is whole"),
     "another base": (another_base, "step_000003 was written with another base model"),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+    "its own model": (its_own_model, "run directory .* is its own --model"),
     "no format": (change_config(lambda config: config.pop("format")), ANOTHER_VERSION),
-    "next format": (change_config(lambda config: config.update(format=3)), ANOTHER_VERSION),
+    "next format": (change_config(lambda c: c.update(format=run.FORMAT + 1)), ANOTHER_VERSION),
     "a flag less": (change_config(lambda config: config["flags"].pop("flip")), ANOTHER_VERSION),
     "a flag more": (change_config(lambda c: c["flags"].update(keep=2)), ANOTHER_VERSION),
+    **{f"other {which} data": (other_data(which), f"its {which} problems have changed since")
+       for which in ("training", "held-out")},
     **{f"damaged {name}": (damaged_record(name), f"{name}, line 1: not a JSON object")
        for name in RECORDS},
 }
@@ -424,7 +455,7 @@ def test_a_run_that_cannot_go_on_is_refused_in_one_sentence_and_kept(tmp_path, t
 def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tmp_path, tiny):
     folder = copy_of(tiny, tmp_path / "run")
     spoil(folder / "step_000003" / run.WEIGHTS, "flipped")
-    with pytest.raises(UserError, match="step_000003 is damaged; the newest .* is .*step_000002"):
+    with pytest.raises(UserError, match="step_000003 is damaged: name its run instead"):
         run.resolve_model(str(folder / "step_000003"))
 
 
@@ -459,9 +490,9 @@ def test_a_read_only_run_directory_is_a_sentence(tiny):
             path.chmod(0o555)
         if os.geteuid() == 0:  # to whom nothing is read-only
             os.seteuid(65534)
-        with pytest.raises(UserError, match="Permission denied.*step_000003: .* make it writable"):
+        with pytest.raises(UserError, match="Permission denied.*; make room, or make it writable"):
             train.main(["--resume", str(folder)])
-        with pytest.raises(UserError, match="directory .* cannot be made: Permission denied"):
+        with pytest.raises(PermissionError, match=str(place)):
             go(place / "new")
     finally:
         if os.getuid() == 0:
@@ -474,7 +505,7 @@ def test_a_read_only_run_directory_is_a_sentence(tiny):
 def test_a_run_directory_appears_with_its_config_or_not_at_all(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be made: No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "rename", full)
         go(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -600,7 +600,7 @@ def test_a_folder_resolves_to_its_base_and_adapter(learner, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name, said", [
-    ("tojs", "'tojs' is unknown, did you mean 'toy'"),
+    ("toys", "'toys' is unknown, did you mean 'toy'"),
     ("Qven2.5", "did you mean 'Qwen'"), ("xyz", "'xyz' is unknown; give toy")])
 def test_an_unknown_model_is_refused_with_the_nearest(name, said):
     with pytest.raises(UserError, match=said):

@@ -13,9 +13,11 @@ That a run survives what a machine does to it is the proof of test_faults.py.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -91,10 +93,12 @@ def on_batch(monkeypatch, number, act):
     ("3:1", 6, [(3,), (3,), (2,), (2,), (1,), (1,)]),
     ("1:3", 3, [(1,), (2,), (3,)]),
     ("8:1", 80, [(8 - step // 10,) for step in range(80)]),
-    ("8:1", 2, [(8,), (4,)]),
+    ("8:1", 8, [(8,), (7,), (6,), (5,), (4,), (3,), (2,), (1,)]),
+    ("harmonic", 2, [("harmonic",)] * 2),
     ("5:5", 2, [(5,), (5,)]),
 ])
 def test_k_is_a_number_a_list_or_a_schedule_of_equal_shares(spec, steps, expected):
+    """A schedule takes all of its values, its last one included."""
     assert [train.ks_at(spec, step, steps) for step in range(steps)] == expected
 
 
@@ -143,8 +147,10 @@ BEFORE_LOADING = [
     ("--k 9", "--k 9 --objective passk: k is 9, but must be a whole number with 1 <= k <= n = 8"),
     ("--k 16:1 --steps 20", "--k 16:1"),
     ("--k 0", "k is 0"),
-    *[(f"--k {k}", f"--k is '{k}', but must be a number (4), a list (1,4,16) or a schedule (8:1)")
-      for k in ("two", "8:", "1:2:3", "2.5")],
+    *[(f"--k {k}", f"--k is '{k}', but must be a number (4), a list (1,4,16), harmonic, or a "
+       "schedule (8:1) of at most --steps = 3 values")
+      for k in ("two", "8:", "1:2:3", "2.5", "8:1", "1:4", "1,harmonic")],
+    ("--k harmonic --objective grpo", "--k harmonic --objective grpo: k is 'harmonic', but must"),
     ("--objective groupmax --k 4:2", "the group maximum needs n divisible by k = 3"),
     ("--objective loo --k 8", "k is 8, but leave-one-out needs k <= n - 1, and n is 8"),
     ("--objective paskk", "--objective: invalid choice: 'paskk'"),
@@ -158,7 +164,7 @@ BEFORE_LOADING = [
     ("--baseline loo", "did you mean --objective?"),
     ("--max_new_tokens 4", "did you mean --max-new-tokens?"),
     ("--nonsense=4", "'--nonsense=4' is no flag"),
-    ("junk", "'junk' is no flag and belongs to none"),
+    *[(word, f"'{word}' is no flag and belongs to none; see") for word in ("junk", "--jump")],
     *[(f"--{name} 0", f"--{name} is 0") for name in (
         "n", "steps", "prompts", "max-new-tokens", "lora-rank", "micro-batch-tokens", "eval-n",
         "limit", "save-every", "temperature", "lr", "gpu-memory")],
@@ -244,7 +250,7 @@ def test_a_typo_is_refused_before_torch_is_loaded(tmp_path, script):
 
 def test_a_run_directory_that_exists_is_refused_and_kept(tiny):
     before = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
-    with pytest.raises(UserError, match=f"must be a new folder.*: --resume {tiny}"):
+    with pytest.raises(UserError, match=f"{tiny}, but must be a new folder.*or --resume it"):
         go(tiny)
     assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == before
 
@@ -264,15 +270,17 @@ def test_a_run_leaves_what_it_promises(tiny):
     config = run.read_config(tiny)
     assert {"torch", "transformers", "peft"} <= config["versions"].keys()
     assert (config["flags"]["lr"], config["flags"]["n"]) == (1e-3, 8)
-    assert len(config["data"]) == 64 and len(config["git_commit"]) in (0, 40)
+    assert [len(digest) for digest in config["data"].values()] == [64, 64]
+    assert len(config["git_commit"]) in (0, 40)
     metrics = rows(tiny / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert {tuple(row) for row in metrics} == {(
         "step", "k", "reward", "pass@1", "pass@k", "distinct_correct", "zero_weight_prompts",
         "truncated", "completion_tokens", "entropy", "grad_norm", "learned_tokens",
-        "logprob_gap_mean", "logprob_gap_max", "grader_failures", "evaluate_seconds",
-        "sample_seconds", "grade_seconds", "learn_seconds", "peak_memory_gb")}
+        "logprob_gap_mean", "logprob_gap_max", "grader_failures", "clipped",
+        "evaluate_seconds", "sample_seconds", "grade_seconds", "learn_seconds", "peak_memory_gb")}
     for row in metrics:
+        assert row["clipped"] == (row["grad_norm"] > policy.MAX_GRAD_NORM)
         assert row["reward"] == pytest.approx(row["pass@1"])
         assert row["pass@1"] < row["pass@k"] and row["grad_norm"] > 0
     evals = rows(tiny / "evals.jsonl")
@@ -307,9 +315,22 @@ def true_rewards(rollouts, graded=False):
         for r in rollouts]).reshape(3, 8)
 
 
+def accepts_harmonic() -> bool:
+    try:
+        return bool(rspo.OBJECTIVES["passk"]([0, 1], "harmonic").any())
+    except ValueError:
+        return False
+
+
+harmonic = pytest.mark.skipif(not accepts_harmonic(), reason="rspo.py has no harmonic weights yet")
+
+
 @pytest.mark.parametrize("flags, ks", [
     *[(f"--objective {name} --k 1,2,4", "1,2,4 1,2,4 1,2,4") for name in rspo.OBJECTIVES],
-    ("--objective passk --k 8:1", "8 6 3"),
+    ("--objective passk --k 3:1", "3 2 1"),
+    pytest.param("--objective passk --k harmonic", "harmonic " * 3, marks=harmonic),
+    pytest.param("--objective maxk --k harmonic --data countdown-graded", "harmonic " * 3,
+                 marks=harmonic),
     ("--objective passk --k 2 --temperature 0.8", "2 2 2"),
     ("--objective maxk --data countdown-graded", "2 2 2"),
     ("--objective loo --data countdown-graded --k 3:1", "3 2 1"),
@@ -321,9 +342,11 @@ def test_every_objective_learns_the_mean_of_its_weights_over_the_ks(
     assert [row["k"] for row in metrics] == ks.split()
     for row, (rollouts, weights) in zip(metrics, updates, strict=True):
         rewards = true_rewards(rollouts, graded)
-        each = [objective(rewards, int(k)) for k in row["k"].split(",")]
+        each = [objective(rewards, int(k) if k.isdecimal() else k) for k in row["k"].split(",")]
         torch.testing.assert_close(weights, (sum(each) / len(each)).flatten())
         assert row["reward"] == pytest.approx(rewards.mean().item())
+        if row["k"] == "harmonic":  # the best of all n
+            assert row["max@k" if graded else "pass@k"] == rewards.max(-1).values.mean()
         assert ("max@k" if graded else "pass@k") in row and (row["logprob_gap_max"] or 0) < 1e-4
     assert any(row["grad_norm"] > 0 for row in metrics)
     said = capsys.readouterr().out
@@ -396,6 +419,43 @@ def test_the_toy_is_the_embedded_one_wherever_it_is_called(monkeypatch, tmp_path
     assert [train.settle(flags).model for flags in ([], ["--model", "toy"])] == ["toy", "toy"]
 
 
+@pytest.mark.parametrize("which, name", [("training", "train"), ("held-out", "test")])
+@pytest.mark.parametrize("change", ["id", "question", "answer"])
+def test_a_run_does_not_go_on_with_changed_data(monkeypatch, tmp_path, which, name, change):
+    *problems, other = tasks.load_problems("countdown", 7)
+    files = {"train": problems[:3], "test": problems[3:]}
+    monkeypatch.setattr(tasks, "read_jsonl", lambda path: files[path.stem])
+    flags = ["--data", "train.jsonl", "--eval-data", "test.jsonl", "--steps", 1]
+    folder = go(tmp_path / "run", *flags)
+    shutil.rmtree(folder / "step_000001")
+    train.main(["--resume", str(folder)])
+    files[name][0] = replace(files[name][0], **{change: getattr(other, change)})
+    monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("refused too late"))
+    with pytest.raises(UserError, match=f"its {which} problems have changed since it began"):
+        train.main(["--resume", str(folder)])
+
+
+def test_the_report_takes_each_evaluations_own_problems(monkeypatch, tiny, capsys):
+    """In whatever order they are listed: paired by id, nothing changes from itself."""
+    [first, *_] = rows(tiny / "evals.jsonl")
+    first["rewards"] = [[1.0] * 4, [0.0] * 4, [0.0] * 4, [0.0] * 4]
+    turned = first | {"step": 3, "ids": first["ids"][::-1], "rewards": first["rewards"][::-1]}
+    records = {"evals.jsonl": [first, turned]}
+    fake = SimpleNamespace(read=lambda name: records.get(name, []), folder=tiny)
+    train.report_run(fake, tasks.load_problems("countdown:test", 4))
+    [line] = [each for each in capsys.readouterr().out.splitlines() if "minus before" in each]
+    assert not re.search("[1-9]", line), line
+
+
+def test_the_toy_stays_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, tmp_path):
+    devices, prepare = [], policy.Learner.__init__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(policy.Learner, "__init__", lambda self, model, *more, **named: (
+        devices.append(model.device.type) or prepare(self, model, *more, **named)))
+    flags = run.read_config(go(tmp_path / "run", "--steps", 1))["flags"]
+    assert devices == ["cpu"] and (flags["sampler"], flags["dtype"]) == ("hf", "float32")
+
+
 def test_steps_without_signal_change_nothing_and_are_shown(monkeypatch, tmp_path):
     on_batch(monkeypatch, 1, lambda rewards, _: [[0.0] * 8] * 3)
     folder = go(tmp_path / "run")
@@ -438,38 +498,58 @@ def test_tensorboard_shows_the_columns_of_every_step_across_a_resume(tmp_path):
 
 # ---------------------------------------------------------------- 4. alarms
 
-def printed(capsys, step, steps=3, **change):
-    """What is printed of a healthy step, but for this change."""
-    row = {"step": step, "k": "2", "reward": 0.3, "pass@k": 0.4, "entropy": 4.0, "truncated": 0.1,
-           "zero_weight_prompts": 0.3, "logprob_gap_mean": 0.0, "sample_seconds": 1.0, **change}
-    folder = SimpleNamespace(write=lambda name, rows: None)
-    train.report_step(SimpleNamespace(tensorboard=False, steps=steps), folder, row)
-    return capsys.readouterr().out.splitlines()
+def lines_of(capsys, steps, *changes):
+    """What is printed of a run of healthy steps, but for a change of each: [step][line]."""
+    healthy = {"k": "2", "reward": 0.3, "pass@k": 0.4, "entropy": 4.0, "truncated": 0.1,
+               "zero_weight_prompts": 0.3, "logprob_gap_mean": None, "sample_seconds": 1.0,
+               "grader_failures": 0}
+    kept, lines = [], []
+    fake = SimpleNamespace(write=lambda name, rows: kept.extend(rows), read=lambda name: kept)
+    for step, change in enumerate(changes, 1):
+        row = {"step": step, **healthy, **change}
+        train.report_step(SimpleNamespace(tensorboard=False, steps=steps), fake, row)
+        lines.append(capsys.readouterr().out.splitlines())
+    return lines
 
 
 ALARMS = [
     ({"truncated": 0.6}, "cut off", "raise --max-new-tokens"),
     ({"reward": 0.99, "zero_weight_prompts": 1.0}, "solved", "take harder --data"),
-    ({"zero_weight_prompts": 1.0}, "no signal", "easier or harder --data"),
+    ({"zero_weight_prompts": 1.0}, "no signal", "a larger --n"),
+    ({"truncated": 0.6, "logprob_gap_mean": 0.2}, "gap", "--dtype"),  # the first one counts
     ({"entropy": 0.01}, "collapse", "lower --lr or raise --k"),
-    ({"logprob_gap_mean": 0.2}, "gap", "try --dtype float32"),
+    ({"logprob_gap_mean": 0.2}, "gap", "--sampler hf --dtype float32"),
 ]
 
 
 @pytest.mark.parametrize("change, alarm, advice", ALARMS)
 def test_an_alarm_rings_where_something_is_wrong_and_says_what_to_change(
         capsys, change, alarm, advice):
-    said, _ = printed(capsys, 1, **change)
+    [[said, _]] = lines_of(capsys, 3, change)
     assert said.startswith(f"step 1: {alarm}: ") and advice in said
     assert len(said) <= 100
 
 
 def test_every_alarm_is_proved_and_none_rings_on_a_healthy_step(capsys):
     assert {alarm for _, alarm, _ in ALARMS} == train.ALARMS.keys()
-    assert len(printed(capsys, 1)) == len(printed(capsys, 1, logprob_gap_mean=None)) == 1
+    assert list(map(len, lines_of(capsys, 1, {}, {"logprob_gap_mean": 0.01}))) == [1, 1]
 
 
 @pytest.mark.parametrize("steps, at", [(3, [1, 2, 3]), (100, [1, *range(10, 101, 10)])])
 def test_a_run_prints_and_rings_at_its_first_step_and_ten_more(capsys, steps, at):
-    said = [(step, printed(capsys, step, steps, truncated=1.0)) for step in range(1, steps + 1)]
-    assert [step for step, lines in said if lines] == at
+    said = lines_of(capsys, steps, *[{"truncated": 1.0}] * steps)
+    assert [step for step, lines in enumerate(said, 1) if lines] == at
+    assert {len(lines) for lines in said} <= {0, 2}
+
+
+def test_a_line_shows_the_mean_since_the_last_one(capsys):
+    """One unlucky step neither shows nor rings; graders' failures are counted."""
+    unlucky = {"reward": 0.0, "pass@k": 0.0, "truncated": 0.8, "grader_failures": 3}
+    said = lines_of(capsys, 30, unlucky, {"reward": 0.8}, unlucky, *[{}] * 26, unlucky)
+    printed = {step: lines for step, lines in enumerate(said, 1) if lines}
+    assert all(len(line) <= 100 for lines in said for line in lines)
+    assert "reward 0.000  pass@k 0.000" in printed[1][1] and "cut off" in printed[1][0]
+    [third], [sixth], [last] = printed[3], printed[6], printed[30]
+    assert "reward 0.400  pass@k 0.200" in third and third.endswith("1.00 s  3 answers not graded")
+    assert "reward 0.300  pass@k 0.400" in sixth and "graded" not in sixth
+    assert "reward 0.200" in last
