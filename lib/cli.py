@@ -27,7 +27,7 @@ SETTINGS = {
     "model": Setting("toy, hub id, short name, local folder or run directory", "toy"),
     "k": Setting("best of how many: 4, a list 1,4,16 or a schedule 8:1", "4"),
     "objective": Setting("weights", "passk", choices=("passk", "maxk", "loo", "groupmax", "plugin",
-                                                      "grpo", "reward")),
+                                                      "centred", "grpo", "reward")),
     "data": Setting("countdown, math, gsm8k, a hub data set or a .jsonl file", "math", "countdown"),
     "n": Setting("answers per problem", 16, least=1),
     "prompts": Setting("problems per step", 32, least=1),
