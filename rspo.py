@@ -1,31 +1,32 @@
-"""RSPO: policy gradients for the best of k answers. The whole method, and nothing else.
+"""RSPO: policy gradients for the best of k answers (arXiv 2508.01174).
 
-Source: "RSPO: Risk-Seeking Policy Optimization for Pass@k and Max@k Metrics in Large Language
-Models", arXiv 2508.01174. The unbiased pass@k is from Chen et al. 2021, arXiv 2107.03374.
+Sample n answers y_1..y_n to a prompt, with rewards R_i = R(y_i). By how much
+should the log-probability of each rise, if the best of k answers counts? With w
+the chance that one answer is right, Pass@k = 1 - (1 - w)^k, and so
 
-The question. Sample n answers y_1..y_n to a prompt and grade them, R_i = R(y_i). By how much
-should the log-probability of each go up, if the model will be judged on the best of k answers?
+    grad Pass@k = E_y[ k (1 - w)^(k-1) R(y) grad log pi(y) ]           (1)
+    grad Max@k = E_y[ k E_M[max(R(y) - M, 0)] grad log pi(y) ]         (2)
 
-The answer. With w the chance that one answer is right, Pass@k = 1 - (1 - w)^k, and so
+with M the best of k - 1 others: it does not depend on y, so E_M[M] could be taken
+from E_M[max(R, M)] as a baseline. An answer earns what it adds to the best of
+k: a right one k on a hard prompt, hardly any on an easy one; a wrong one never
+"hitchhikes". (1 - w)^(k-1) and the law of M are estimated without bias by the
+mean over all choices of k - 1 of the other n - 1 samples, in closed form.
 
-    grad Pass@k = E_y[ k (1 - w)^(k-1) R(y) grad log pi(y) ]                       (1)
-    grad Max@k  = E_y[ k E_M[ max(R(y) - M, 0) ] grad log pi(y) ]                  (2)
+Gradient convention: (1/n) sum_i W_i grad log pi(y_i), mean over prompts. Never
+normalise W: centred and divided by its deviation it is GRPO's, whatever k (0/1).
+The family, before anyone's division by a deviation, with W_k RSPO's W at k:
 
-with M the best reward of k - 1 others. An answer earns what it adds to the best of k: a right
-answer to a hard prompt counts k times, to an easy prompt almost nothing, and a wrong answer never
-"hitchhikes" on a right one. (2) holds because M does not depend on y, so E_M[M] may be subtracted
-as a baseline: max(R, M) - M is left.
+    PKPO 2505.15201              loo-minus-one = W_k / n, k >= 2
+    Pass@k Training 2508.10751   (1/k - 1/n) times leave-one-out W_k
+    verl's grpo_passk            W_n / n
+    MaxRL 2602.02710, 0/1        n/c = sum of W_k / k over k = 1..n
+    TailRL 2609.02987            gaps over survivors = the same sum
 
-What is unknown, (1 - w)^(k-1) and the law of M, is estimated without bias from the other n - 1
-samples: average over every choice of k - 1 of them. That average has a closed form.
+That sum is k = "harmonic". Minus its mean it is the sum up to n - 1 of the
+leave-one-out W_k / k: unbiased for that sum, unlike a single centred W_k.
 
-Gradient convention, everywhere: (1/n) * sum_i W_i * grad log pi(y_i), averaged over prompts.
-The weights are used as they are. Subtracting their mean, or dividing by their standard deviation,
-changes the objective (on 0/1 rewards the two together turn RSPO at any k back into GRPO).
-
-Shapes: n samples per prompt, c of them right; "..." stands for any leading dimensions. Rewards
-are anything torch.as_tensor takes; all arithmetic and every result is float64. ValueError says
-what is wrong with rewards or k.
+Shapes: n samples per prompt, c right, "..." any leading dimensions; float64.
 """
 
 import warnings
@@ -34,25 +35,21 @@ import torch
 from torch import Tensor
 
 
-# ---------------------------------------------------------------- how good are n answers
-
+# -------- how good are n answers
 def pass_at_k(rewards, k: int) -> Tensor:
-    """Unbiased estimate of Pass@k, the chance that at least one of k answers is right.
+    """Unbiased chance that one of k answers is right (Chen et al., 2107.03374).
 
-    rewards (..., n) of 0 and 1 -> (...). The share of k-subsets that hold a right answer,
-    1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
+    0/1 rewards (..., n) -> (...). 1 - C(n-c, k) / C(n, k), the share of k-subsets with one.
     """
     rewards = _checked(rewards, k, binary=True)
     n, right = rewards.shape[-1], rewards.sum(-1).long()  # (...)
-    return 1 - _subset_chance(n, k, rewards.device)[n - right]  # (...)
+    return 1 - _subset_chance(n, k, rewards.device)[n - right]
 
 
 def max_at_k(rewards, k: int) -> Tensor:
-    """Unbiased estimate of Max@k, the expected best reward of k answers.
+    """Unbiased expected best reward of k answers.
 
-    rewards (..., n) real -> (...). The mean over k-subsets of the subset's maximum,
-    sum_i r_(i) C(i-1, k-1) / C(n, k): r_(i), the i-th lowest, is the maximum where the k - 1
-    others rank below it. On 0/1 rewards it equals `pass_at_k`.
+    rewards (..., n) -> (...). sum_i r_(i) C(i-1, k-1) / C(n, k), r_(i) ascending.
     """
     rewards = _checked(rewards, k)
     n, ascending = rewards.shape[-1], rewards.sort(dim=-1).values  # (..., n)
@@ -60,102 +57,105 @@ def max_at_k(rewards, k: int) -> Tensor:
     return k / n * (ascending * s).sum(-1)  # (...)  C(n, k) = n/k C(n-1, k-1)
 
 
-# ---------------------------------------------------------------- who earned it: RSPO's weights
+# -------- who earned it: RSPO
+def pass_at_k_weights(rewards, k: int | str) -> Tensor:
+    """W_i = k * C(n-c, k-1) / C(n-1, k-1) * R_i, from (1); harmonic: n/c * R_i.
 
-def pass_at_k_weights(rewards, k: int) -> Tensor:
-    """RSPO's weights for Pass@k, W_i = k * C(n-c, k-1) / C(n-1, k-1) * R_i, from (1).
+    0/1 rewards (..., n) -> (..., n). For a right y_i the ratio is the chance that
+    k - 1 others are all wrong: (1 - w)^(k-1), estimated without y_i.
 
-    rewards (..., n) of 0 and 1 -> (..., n). For a right y_i the ratio is the chance that k - 1
-    of the n - 1 others are all wrong: it estimates (1 - w)^(k-1) without looking at y_i.
-
-    >>> pass_at_k_weights([1, 0, 0, 1], k=2)  # 2 * C(2,1)/C(3,1) = 4/3 for each right answer
+    >>> pass_at_k_weights([1, 0, 0, 1], k=2)  # 2 * C(2,1) / C(3,1) = 4/3
     tensor([1.3333, 0.0000, 0.0000, 1.3333], dtype=torch.float64)
     """
-    rewards = _checked(rewards, k, binary=True)
-    n = rewards.shape[-1]
-    _warn_of_few_levels(n, k)
-    wrong = n - rewards.sum(-1, keepdim=True).long()  # (..., 1)  n - c
-    s = _subset_chance(n - 1, k - 1, rewards.device)  # (n,)
-    return k * s[wrong.clamp(max=n - 1)] * rewards  # (..., n)  c = 0: all zero
+    rewards = _checked(rewards, k, binary=True, harmonic=True)
+    gains = _gains(rewards, k)  # (n,)
+    wrong = (rewards == 0).sum(-1, keepdim=True)  # (..., 1)  n - c
+    return gains[wrong.clamp(max=len(gains) - 1)] * rewards  # (..., n)
 
 
-def max_at_k_weights(rewards, k: int) -> Tensor:
-    """RSPO's weights for Max@k, W_i = k * mean_S max(R_i - max_S R, 0), from (2).
+def max_at_k_weights(rewards, k: int | str) -> Tensor:
+    """W_i = k * mean_S max(R_i - max_S R, 0), from (2).
 
-    rewards (..., n) real -> (..., n). S runs over the (k-1)-subsets of the other samples; at
-    k = 1 there are none, and W_i = R_i. Raising the bar one sorted reward at a time, sample i
-    gains each step below its own reward exactly when S lies wholly below that step:
+    rewards (..., n) -> (..., n). S runs over the (k-1)-subsets of the others; for
+    k = 1, W_i = R_i. Sample i gains each step between the sorted rewards up to
+    its own, where S lies below that step:
 
-        W_(i) = k * sum_{j=0}^{i-1} (r_(j+1) - r_(j)) * s_j
-        s_j = C(j, k-1) / C(n-1, k-1),  r_(0) := 0
+        W_(i) = sum_{j=0}^{i-1} (r_(j+1) - r_(j)) * k s_j,  r_(0) := 0
+        s_j = C(j, k-1) / C(n-1, k-1);  harmonic: n / (n - j) for k s_j
 
-    Every term but the first is >= 0 (no cancellation), equal rewards need no rule, and k = 1,
-    where all s_j are 1, gives W_i = R_i (float32 rewards: to the bit). On 0/1 rewards it equals
-    `pass_at_k_weights`. One sort: O(n log n).
+    Every term but the first is >= 0: nothing cancels, ties need no rule. On 0/1
+    rewards it equals `pass_at_k_weights`.
 
-    >>> max_at_k_weights([0.1, 0.5, 0.2, 1.0], k=2)  # the best beats .1, .2, .5 by .9, .8, .5
+    >>> max_at_k_weights([0.1, 0.5, 0.2, 1.0], k=2)  # the best: .9, .8, .5 ahead
     tensor([0.0000, 0.4667, 0.0667, 1.4667], dtype=torch.float64)
     """
-    rewards = _checked(rewards, k)
-    n = rewards.shape[-1]
-    _warn_of_few_levels(n, k)
+    rewards = _checked(rewards, k, harmonic=True)
     ascending, order = rewards.sort(dim=-1)  # (..., n)
     zero = torch.zeros_like(ascending[..., :1])  # (..., 1)  r_(0)
     steps = ascending.diff(dim=-1, prepend=zero)  # (..., n)
-    s = _subset_chance(n - 1, k - 1, rewards.device)  # (n,)
-    return _unsort(k * (steps * s).cumsum(-1), order)  # (..., n)
+    gains = _gains(rewards, k)  # (n,)
+    weights = (steps * gains).cumsum(-1)  # (..., n)
+    return weights.gather(-1, order.argsort(-1))  # (..., n)
 
 
 def leave_one_out_weights(rewards, k: int) -> Tensor:
-    """RSPO's weights minus a baseline, W_i - b_i: the others' mean weight among themselves.
+    """W_i - b_i, with b_i the mean weight of the others among themselves.
 
-    rewards (..., n) real -> (..., n); needs k <= n - 1. b_i never sees y_i, so nothing is
-    biased. With U_i = k times the mean maximum of the k-subsets that hold i, and s_j as above,
+    rewards (..., n) -> (..., n); k < n. Unbiased: b_i never sees y_i. With U_i = k
+    times the mean maximum of the k-subsets that hold i, and s_j as above,
 
         W_i - b_i = n / (n - k) * (U_i - mean U)
-        U_(i) = const + k * sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * s_{j-1}
+        U_(i) = const + sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * k s_{j-1}
 
-    An answer is above average if the teams of k that it plays in are. At k = 1 this is RLOO,
-    and saves the most variance; the larger k, the less a baseline has left to save.
+    RLOO at k = 1. It need not save variance: in bandit.py it has .76, 1.00, 1.10
+    and 1.15 of W's at k = 1, 2, 4, 8.
     """
     rewards = _checked(rewards, k)
     n = rewards.shape[-1]
     if k > n - 1:
-        raise ValueError(f"k is {k}, but leave-one-out needs k <= n - 1, and n is {n} samples")
-    _warn_of_few_levels(n, k)
+        raise ValueError(f"k is {k}, but leave-one-out needs k <= n - 1, and n is {n}")
     ascending, order = rewards.sort(dim=-1)  # (..., n)
-    steps = ascending.diff(dim=-1, prepend=ascending[..., :1])  # (..., n)  the first is 0
-    s = _subset_chance(n - 1, k - 1, rewards.device)  # (n,)
-    shared = k * (steps * s.roll(1)).cumsum(-1)  # (..., n)  U - U_(1)
-    centred = shared - shared.mean(-1, keepdim=True)  # (..., n)  U - mean U
-    return _unsort(n / (n - k) * centred, order)  # (..., n)
+    steps = ascending.diff(dim=-1, prepend=ascending[..., :1])  # (..., n)
+    gains = _gains(rewards, k)  # (n,)
+    shared = (steps * gains.roll(1)).cumsum(-1)  # (..., n)  U - U_(1)
+    shared = shared - shared.mean(-1, keepdim=True)  # (..., n)  U - mean U
+    weights = n / (n - k) * shared  # (..., n)
+    return weights.gather(-1, order.argsort(-1))  # (..., n)
 
 
-# ---------------------------------------------------------------- what else is done: the rivals
-
+# -------- what else is done: rivals
 def group_max_weights(rewards, k: int) -> Tensor:
-    """The paper's baseline: each of a group of k gets k times the group's maximum reward.
+    """The paper's baseline: k times the maximum of each consecutive group of k.
 
-    rewards (..., n) real -> (..., n); n divisible by k, groups are consecutive. Unbiased for
-    Max@k, too, but wrong answers hitchhike on the right one of their group: they are pushed up
-    just as hard, and only luck in the next groups undoes it. The price is variance.
+    Unbiased for Max@k, but wrong answers hitchhike: the price is variance.
     """
     rewards = _checked(rewards, k)
     n = rewards.shape[-1]
     if n % k:
         raise ValueError(f"n is {n}, but the group maximum needs n divisible by k = {k}")
-    best = rewards.unflatten(-1, (n // k, k)).amax(-1)  # (..., n/k)
+    best = rewards.unflatten(-1, (-1, k)).amax(-1)  # (..., n/k)
     return k * best.repeat_interleave(k, dim=-1)  # (..., n)
 
 
 def plug_in_weights(rewards, k: int) -> Tensor:
-    """k (1 - c/n)^(k-1) R of 0/1 rewards (..., n): the rate is taken with y_i itself. Biased."""
+    """k (1 - c/n)^(k-1) R of 0/1 rewards. Biased: c counts y_i itself."""
     rewards = _checked(rewards, k, binary=True)
-    return k * (1 - rewards.mean(-1, keepdim=True)) ** (k - 1) * rewards  # (..., n)
+    return k * (1 - rewards.mean(-1, keepdim=True)) ** (k - 1) * rewards
+
+
+def centred_weights(rewards, k: int) -> Tensor:
+    """n/(n-1) (W - mean W), "PKPO" in MaxRL's code. Biased: the mean sees y_i.
+
+    Its mean is n/(n-1) [(1 - k/n) grad Max@k + k/n grad Max@(k-1)]; on 0/1
+    rewards n/(n-1) [1 - k/n + (k-1) / (n (1-w))] times grad Pass@k.
+    """
+    weights = max_at_k_weights(_checked(rewards, k), k)  # (..., n)
+    n = weights.shape[-1]
+    return n / max(n - 1, 1) * (weights - weights.mean(-1, keepdim=True))
 
 
 def grpo_weights(rewards, k: int) -> Tensor:
-    """(R - mean) / std of rewards (..., n): GRPO's advantage. It does not know k. Biased."""
+    """(R - mean) / std, GRPO's advantage. It does not know k. Biased."""
     rewards = _checked(rewards, k)
     centred = rewards - rewards.mean(-1, keepdim=True)  # (..., n)
     spread = centred.square().sum(-1, keepdim=True) / max(rewards.shape[-1] - 1, 1)
@@ -163,72 +163,68 @@ def grpo_weights(rewards, k: int) -> Tensor:
 
 
 def reward_weights(rewards, k: int) -> Tensor:
-    """R of rewards (..., n): the ordinary policy gradient (REINFORCE). It does not know k."""
-    return _checked(rewards, k)  # (..., n)
+    """R, the ordinary policy gradient (REINFORCE). It does not know k."""
+    return _checked(rewards, k)
 
 
-OBJECTIVES = {"passk": pass_at_k_weights, "maxk": max_at_k_weights,
-              "loo": leave_one_out_weights, "groupmax": group_max_weights,
-              "plugin": plug_in_weights, "grpo": grpo_weights, "reward": reward_weights}
+OBJECTIVES = {
+    "passk": pass_at_k_weights, "maxk": max_at_k_weights, "loo": leave_one_out_weights,
+    "groupmax": group_max_weights, "plugin": plug_in_weights, "centred": centred_weights,
+    "grpo": grpo_weights, "reward": reward_weights}
 
-
-# ---------------------------------------------------------------- the loss
 
 def policy_gradient_loss(logprobs: Tensor, weights: Tensor, num_samples: int) -> Tensor:
-    """-(1 / num_samples) * sum_t W_t * log pi(token t), a scalar: minus its gradient is ours.
+    """-(1 / num_samples) * sum_t W_t * log pi(token t).
 
-    logprobs (tokens,) nats, of all completion tokens of any part of the step, end token
-    included; weights (tokens,), each token with the weight of its sample; num_samples = P * n
-    of the whole step, so that parts simply add up. The log-probability of an answer is the sum
-    over its tokens: dividing by its length would favour short right answers.
+    logprobs, weights (tokens,) -> (): completion tokens of any part of a step, end
+    tokens included. num_samples = P * n of the whole step, so parts add up. An
+    answer is not divided by its length: that would favour short right ones.
     """
     return -(weights.detach() * logprobs).sum() / num_samples  # ()
 
 
-# ---------------------------------------------------------------- shared pieces
-
 def _subset_chance(m: int, size: int, device) -> Tensor:
-    """Chance that `size` of m items, drawn without replacement, all lie among the j lowest.
+    """C(j, size) / C(m, size) for j = 0..m: (m + 1,).
 
-    -> (m + 1,) for j = 0..m: C(j, size) / C(m, size). One running product downwards from 1,
-    C(j-1, size) / C(j, size) = (j - size) / j: no binomial is formed, nothing can overflow.
+    The chance that `size` of m items are all among the j lowest: a running
+    product of (j - size) / j downwards, so that no binomial can overflow.
     """
-    j = torch.arange(m, 0, -1, dtype=torch.float64, device=device)  # (m,)  m, m-1, .., 1
+    j = torch.arange(m, 0, -1, dtype=torch.float64, device=device)  # (m,)
     ratios = ((j - size) / j).clamp(min=0)  # (m,)
-    return torch.cat([j.new_ones(1), ratios]).cumprod(0).flip(0)  # (m + 1,)
+    return torch.cat([j.new_ones(1), ratios]).cumprod(0).flip(0)
 
 
-def _unsort(values: Tensor, order: Tensor) -> Tensor:
-    """Put values (..., n), listed in sorted order, back where `order` took them from."""
-    return torch.empty_like(values).scatter(-1, order, values)  # (..., n)
+def _gains(rewards: Tensor, k) -> Tensor:
+    """k s_j for j = 0..n-1: (n,). The harmonic sum of s_j over k is n / (n - j)."""
+    n = rewards.shape[-1]
+    if k == "harmonic":
+        return n / torch.arange(n, 0, -1).to(rewards)
+    if 1 < k and n < 2 * k:
+        warnings.warn(f"n = {n} < 2k = {2 * k}: unbiased, but weights have few "
+                      f"levels; n >= {2 * k} is better", stacklevel=3)
+    return k * _subset_chance(n - 1, k - 1, rewards.device)
 
 
-def _checked(rewards, k, binary: bool = False) -> Tensor:
-    """The rewards as a float64 tensor (..., n), or a ValueError that says what is wrong."""
+def _checked(rewards, k, binary=False, harmonic=False) -> Tensor:
+    """The rewards as float64 (..., n), or ValueError."""
     if not isinstance(rewards, Tensor):
         try:
             rewards = torch.as_tensor(rewards, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"rewards is a {type(rewards).__name__}, but must be real numbers "
-                             "of shape (..., n)") from error
-    if rewards.is_complex() or rewards.ndim == 0 or rewards.shape[-1] == 0:
-        raise ValueError(f"rewards is {rewards.dtype} of shape {tuple(rewards.shape)}, but must "
-                         "be real of shape (..., n) with n >= 1 samples per prompt")
+            raise ValueError(f"rewards is {type(rewards)}, but must be real") from error
+    if rewards.is_complex() or 0 in (rewards.ndim, *rewards.shape[-1:]):
+        what = f"{rewards.dtype} of shape {tuple(rewards.shape)}"
+        raise ValueError(f"rewards is {what}, but must be real (..., n), n >= 1")
     if rewards.device.type == "mps":  # Apple GPUs have no float64
         rewards = rewards.cpu()
     rewards, n = rewards.detach().double(), rewards.shape[-1]
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
-        raise ValueError(f"k is {k!r}, but must be a whole number with 1 <= k <= n = {n} samples")
-    if not rewards.sum().isfinite() and not rewards.isfinite().all():  # one sum clears most
-        bad = rewards[~rewards.isfinite()][0].item()
-        raise ValueError(f"rewards hold {bad}, but must be finite")
-    if binary and not torch.equal(rewards * rewards, rewards):  # true of 0 and 1 alone
-        bad = rewards[(rewards != 0) & (rewards != 1)][0].item()
-        raise ValueError(f"rewards hold {bad}, but Pass@k needs 0 or 1 (graded rewards: Max@k)")
+    whole = isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= n
+    if not (whole or harmonic and k == "harmonic"):
+        raise ValueError(f"k is {k!r}, but must be a whole number with 1 <= k <= n = {n}")
+    bad = rewards[~rewards.isfinite()]
+    if len(bad):
+        raise ValueError(f"rewards hold {bad[0].item()}, but must be finite")
+    bad = rewards[(rewards != 0) & (rewards != 1)]
+    if binary and len(bad):
+        raise ValueError(f"rewards hold {bad[0].item()}, but Pass@k needs 0 or 1")
     return rewards
-
-
-def _warn_of_few_levels(n: int, k: int) -> None:
-    if 1 < k and n < 2 * k:
-        warnings.warn(f"n = {n} < 2k = {2 * k}: unbiased, but the weights take few distinct "
-                      f"values; n >= {2 * k} is better", stacklevel=3)

@@ -27,7 +27,7 @@ SETTINGS = {
     "model": Setting("toy, hub id, short name, folder or run", "toy"),
     "k": Setting("best of how many: 4, a list 1,4,16, a schedule 8:1, harmonic", "4"),
     "objective": Setting("weights", "passk", choices=("passk", "maxk", "loo", "groupmax", "plugin",
-                                                      "grpo", "reward")),
+                                                      "centred", "grpo", "reward")),
     "data": Setting("divisor, math, gsm8k, a hub id or .jsonl file", "math", "divisor"),
     "n": Setting("answers per problem", 16, toy=32, least=1),
     "prompts": Setting("problems per step", 32, toy=16, least=1),

@@ -5,9 +5,14 @@ time with itertools and autograd, and show from them:
 
 1. the closed forms of the objective and its gradient are right, by three other derivations;
 2. RSPO, its leave-one-out form and the group maximum are unbiased to 1e-10 (0/1, graded and
-   negative rewards, hidden problem types); the plug-in, GRPO and centred weights are not;
-3. what the group maximum costs is variance, and training for k is best at k.
+   negative rewards, hidden problem types); the plug-in, GRPO and centred weights are not, and
+   the bias of the centred ones is a formula;
+3. what the group maximum costs is variance, and training for k is best at k;
+4. the script ends in one sentence where torch is missing.
 """
+
+import subprocess
+import sys
 
 from functools import partial
 from itertools import product
@@ -111,15 +116,33 @@ def test_exactly_unbiased(world, fn, k):
 @WORLDS
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_centring_the_weights_estimates_a_mixture_of_k_and_k_minus_1(world, k):
-    def centred(r):
-        weights = rspo.max_at_k_weights(r, k)
-        return weights - weights.mean(-1, keepdim=True)
     at_k = bandit.gradient(world, LOGITS, k)
     none = torch.zeros(3).double()  # the best of no answer
     below = bandit.gradient(world, LOGITS, k - 1) if k > 1 else none
-    mean = enumerate_moments(world, centred, n=4)[0]
-    close(mean, (1 - k / 4) * at_k + k / 4 * below)
-    assert (mean - at_k).norm() > .04 * at_k.norm()
+    mean = enumerate_moments(world, partial(rspo.centred_weights, k=k), n=4)[0]
+    close(mean, 4 / 3 * ((1 - k / 4) * at_k + k / 4 * below))
+    if k > 1:
+        assert (mean - at_k).norm() > .04 * at_k.norm()
+
+
+def test_the_bias_of_the_centred_weights_on_right_or_wrong(monkeypatch):
+    ks, rates, n = (1, 2, 4, 8), (.05, .2, .5), 8
+    monkeypatch.setattr(bandit, "ESTIMATORS", {"centred": rspo.centred_weights})
+    table = bandit.compare_estimators(ks, rates, n)["centred"]  # (k, w, 3)
+    expected = [[n / (n - 1) * (1 - k / n + (k - 1) / (n * (1 - w))) for w in rates] for k in ks]
+    close(table[..., 0] / table[..., 2], tensor(expected))
+    close(tensor(expected[0]), torch.ones(3).double())  # k = 1: RLOO
+    close(tensor(expected[3][2]), tensor(2.))
+
+
+@pytest.mark.parametrize("world, fn", [
+    (BINARY, rspo.pass_at_k_weights), (GRADED, rspo.max_at_k_weights)])
+def test_harmonic_is_unbiased_for_its_sum_and_centred_for_the_sum_up_to_n_minus_1(world, fn):
+    parts = [bandit.gradient(world, LOGITS, k) / k for k in range(1, 5)]
+    weight_fn = partial(fn, k="harmonic")
+    close(bandit.moments(world, LOGITS, weight_fn, n=4)[0], sum(parts))
+    centred = lambda r: weight_fn(r) - weight_fn(r).mean(-1, keepdim=True)
+    close(bandit.moments(world, LOGITS, centred, n=4)[0], sum(parts[:3]))
 
 
 def test_the_plug_in_and_grpo_are_biased_and_no_learning_rate_repairs_it():
@@ -200,3 +223,14 @@ def test_training_for_k_is_best_at_k():
     assert (matrix.diag() - runner_up > 1e-3).all()  # no near ties
     best = [bandit.HIDDEN_TYPES.chance.max()] + [best_pass_at_k(k) for k in ks[1:]]
     close(matrix.diag(), torch.stack(best), 1e-4)
+
+
+# ---------------------------------------------------------------- 4. the script
+
+@pytest.mark.parametrize("package", ["torch", "matplotlib"])
+def test_without_a_package_it_ends_in_one_sentence(tmp_path, package):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    done = subprocess.run([sys.executable, "bandit.py"], cwd=bandit.Path(bandit.__file__).parent,
+                          env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"bandit.py needs {package}: `make demo` sets up .venv with it\n"

@@ -452,6 +452,32 @@ def test_no_sound_sampler_is_refused_and_no_lost_adapter_believed(learner, answe
     assert "arrived" not in {verdict(seed, lost=True) for seed in range(50)}
 
 
+@pytest.mark.parametrize("budget", [1, 30])  # a micro-batch holds one answer, or two
+def test_small_micro_batches_do_not_keep_the_check_open(learner, answers, budget):
+    model, rollouts = learner("toy", "bfloat16", 2e-3), answers(0)
+    ours = adam(model, lr=0.0, micro_batch_tokens=budget)
+    ours.update(sampled_by(model, rollouts, 5e-3), torch.ones(len(rollouts)))
+    assert ours.adapter_arrived
+    ours = adam(model, micro_batch_tokens=budget)
+    lost = sampled_by(model, rollouts, 5e-3, lost=True)
+    refused_untouched(ours, lost, "adapter did not reach")
+
+
+def test_the_check_gathers_its_tokens_over_steps(learner, answers):
+    model, rollouts = learner("toy", "bfloat16", 2e-3), answers(0)[:6]
+    count = sum(len(rollout.completion_ids) for rollout in rollouts)
+    assert policy.TOKENS_TO_DECIDE / 2 <= count < policy.TOKENS_TO_DECIDE
+    sound, lost = (sampled_by(model, rollouts, 5e-3, lost=lost) for lost in (False, True))
+    ours, theirs = adam(model, lr=0.0), adam(model, lr=0.0)
+    ours.update(sound, torch.ones(6))
+    theirs.update(lost, torch.ones(6))
+    assert not ours.adapter_arrived
+    ours.update(sound, torch.ones(6))
+    assert ours.adapter_arrived
+    with pytest.raises(UserError, match="adapter did not reach"):
+        theirs.update(lost, torch.ones(6))
+
+
 def test_the_check_of_the_sampler_needs_no_more_memory_than_learning(learner, monkeypatch):
     ours, sizes = adam(learner(), micro_batch_tokens=50), starve(monkeypatch, "forward", [])
     step(ours, make_rollouts(20), torch.ones(20))

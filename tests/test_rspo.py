@@ -3,7 +3,8 @@
 1. Small n: equal to the definitions, by listing every subset (ties, negative, graded, 0/1).
 2. Large n: equal to exact rational arithmetic, up to n = 4096, where binomials overflow.
 3. Symmetries, shapes and dtypes; k = 1 is the plain policy gradient, bit for bit.
-4. The exact relations to PKPO, Pass@k Training, verl's grpo_passk, GRPO, maximum likelihood.
+4. The exact relations to PKPO, Pass@k Training, verl's grpo_passk, GRPO, MaxRL and TailRL, and
+   k = "harmonic", the sum that is the last two.
 5. The loss is the gradient convention and nothing more; bad input is refused in a sentence.
 """
 
@@ -55,7 +56,8 @@ def test_the_objectives_are_named():
     assert {name: fn.__name__ for name, fn in rspo.OBJECTIVES.items()} == {
         "passk": "pass_at_k_weights", "maxk": "max_at_k_weights",
         "loo": "leave_one_out_weights", "groupmax": "group_max_weights",
-        "plugin": "plug_in_weights", "grpo": "grpo_weights", "reward": "reward_weights"}
+        "plugin": "plug_in_weights", "centred": "centred_weights", "grpo": "grpo_weights",
+        "reward": "reward_weights"}
 
 
 # ---------------------------------------------------------------- 1. the definitions
@@ -64,7 +66,7 @@ def by_definition(r, k):
     """k * mean over (k-1)-subsets S of the others of max(r_i - max_S r, 0); for k = 1, r_i."""
     if k == 1:
         return r
-    return [k * mean(max(r[i] - max(S), 0) for S in combinations(r[:i] + r[i + 1:], k - 1))
+    return [k * mean(max(r[i] - max(S), 0 * r[i]) for S in combinations(r[:i] + r[i + 1:], k - 1))
             for i in range(len(r))]
 
 
@@ -209,6 +211,7 @@ def test_k_1_is_the_plain_policy_gradient_bit_for_bit():
     assert torch.equal(rspo.plug_in_weights(r > 0, 1), (r > 0).double())
     others = (r.double().sum(-1, keepdim=True) - r.double()) / 15
     close(rspo.leave_one_out_weights(r, 1), r.double() - others)  # RLOO
+    close(rspo.centred_weights(r, 1), r.double() - others)
 
 
 # ---------------------------------------------------------------- 4. relations to the neighbours
@@ -239,11 +242,64 @@ def test_k_equal_n_is_verls_grpo_passk_times_n(n):
     close(rspo.max_at_k_weights(groups(n), n) / n, verl)
 
 
-@pytest.mark.parametrize("n", range(1, 9))
-def test_the_sum_over_k_is_maximum_likelihood(n):
-    r = binary_groups(n)[1:]
-    total = sum(rspo.pass_at_k_weights(r, k) / k for k in range(1, n + 1))
-    close(total, n / r.sum(-1, keepdim=True) * r)
+def tail_rl(r):
+    """arXiv 2609.02987: each gap between sorted rewards, from 0 up, goes to those at or above it.
+
+    n * sum_{j<=i} (r_(j) - r_(j-1)) / (n - j + 1): n - j + 1 answers survive the j-th gap.
+    """
+    gaps = {level: Fraction(level - lower) / sum(x >= level for x in r)
+            for lower, level in zip([0] + sorted(set(r)), sorted(set(r)))}
+    return [len(r) * sum(gap for level, gap in gaps.items() if level <= x) for x in r]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_harmonic_is_maxrl_and_tailrl_and_the_sum_over_k_in_exact_rationals(n):
+    for row in (4 * groups(n)).round().int().tolist():  # ties, both signs
+        exact_row = [Fraction(x, 4) for x in row]
+        by_k = [by_definition(exact_row, k) for k in range(1, n + 1)]
+        total = [sum(w / k for k, w in enumerate(each, 1)) for each in zip(*by_k)]
+        assert total == tail_rl(exact_row)
+        if set(row) <= {0, 4} and 4 in row:
+            assert total == [Fraction(n, row.count(4)) * x for x in exact_row]  # MaxRL
+        close(rspo.max_at_k_weights(list(map(float, exact_row)), "harmonic"),
+              list(map(float, total)))
+    r = binary_groups(n)
+    right = r.sum(-1, keepdim=True)
+    expected = torch.where(right > 0, n / right * r, 0)
+    close(rspo.pass_at_k_weights(r, "harmonic"), expected)
+    close(rspo.max_at_k_weights(r, "harmonic"), expected)
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_harmonic_minus_its_mean_is_the_leave_one_out_sum_up_to_n_minus_1(n):
+    weights = rspo.max_at_k_weights(groups(n), "harmonic")
+    total = sum(rspo.leave_one_out_weights(groups(n), k) / k for k in range(1, n))
+    close(weights - weights.mean(-1, keepdim=True), total)
+    for row in (4 * groups(n)[-5:]).round().int().tolist():
+        row = [Fraction(x, 4) for x in row]
+        centred = [w - mean(tail_rl(row)) for w in tail_rl(row)]
+        by_k = [leave_one_out_by_definition(row, k) for k in range(1, n)]
+        assert centred == [sum(w / k for k, w in enumerate(each, 1)) for each in zip(*by_k)]
+
+
+def test_harmonic_of_many_samples():
+    r = torch.arange(4096) < 3
+    close(rspo.pass_at_k_weights(r, "harmonic")[:4], [4096 / 3] * 3 + [0])
+
+
+@pytest.mark.parametrize("fn", METRICS + WEIGHTS[2:])
+def test_harmonic_is_refused_by_all_others(fn):
+    with pytest.raises(ValueError, match="k is 'harmonic', .* whole number with 1 <= k <= n = 4"):
+        fn([0, 1, 0, 1], "harmonic")
+
+
+@pytest.mark.parametrize("n, k", N_K)
+def test_centred_is_pkpo_in_the_code_of_maxrl_times_k(n, k):
+    for row in binary_groups(n).tolist():
+        c = int(sum(row))
+        w = [comb(n - c, k - 1) / comb(n - 1, k - 1) * r for r in row]
+        expected = [k * (n * x - sum(w)) / max(n - 1, 1) for x in w]
+        close(rspo.centred_weights(row, k), expected)
 
 
 @pytest.mark.parametrize("n, k", N_K[1:])
