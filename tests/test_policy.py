@@ -448,8 +448,8 @@ def test_no_sound_sampler_is_refused_and_no_lost_adapter_believed(learner, answe
             return "refused"
         return "arrived" if ours.adapter_arrived else "open"
 
-    assert "refused" not in {verdict(seed, lost=False) for seed in range(50)}
-    assert "arrived" not in {verdict(seed, lost=True) for seed in range(50)}
+    assert "refused" not in {verdict(seed, lost=False) for seed in range(25)}
+    assert "arrived" not in {verdict(seed, lost=True) for seed in range(25)}
 
 
 def test_the_check_of_the_sampler_needs_no_more_memory_than_learning(learner, monkeypatch):
