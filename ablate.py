@@ -2,14 +2,13 @@
 
     python ablate.py                      list the experiments
     python ablate.py alignment --quick    one, for the class: three minutes
-    python ablate.py all                  all, on the toy, five seeds: an hour
+    python ablate.py all                  all, on the toy, five seeds: half an hour
     python ablate.py alignment --model Qwen2.5-Math-1.5B --steps 100
 
-A setting is one curve, a cell is one run of train.py at one setting and seed. Any flag of train.py
-may follow. A cell's directory is named after its flags, so experiments share cells, and the same
-command goes on where it was stopped. Each experiment leaves NAME.md and NAME.png in the folder.
-
-Every claim is a paired difference: same seeds, same held-out problems, 95 % intervals over both.
+A setting is one curve, a cell one run of train.py at one setting and seed. Flags of
+train.py may follow. The same command goes on where it was stopped. Claims are paired
+differences: same seeds, same problems. What was chosen was chosen on divisor:select;
+reported is divisor:test.
 
 Shapes: S seeds, M held-out problems, K evaluated ks.
 """
@@ -19,67 +18,73 @@ from pathlib import Path
 
 from lib import cli
 
-SETTINGS = {"quick": cli.Setting("two seeds, 30 steps: wide intervals", False),
-            "seeds": cli.Setting("number of seeds (default 5, quick 2)", least=1, kind=int),
+SETTINGS = {"quick": cli.Setting("k = 1 and 8 only, 3 seeds, 40 steps", False),
+            "seeds": cli.Setting("number of seeds (default 5, quick 3)", least=1, kind=int),
             "out": cli.Setting("folder", Path("runs/ablate"), kind=Path)}
-FULL = range(31, 36), {"steps": 150, "limit": 600, "eval_n": 32}  # seeds, settings of the toy
-QUICK = range(21, 23), {"steps": 30, "limit": 300, "eval_n": 16}
+FULL = range(31, 36), {"steps": 100, "limit": 400, "eval_n": 32}  # seeds, the toy's flags
+QUICK = range(21, 24), {**FULL[1], "steps": 40}
 EVAL_KS = (1, 2, 4, 8, 16)
-SEEN = 200  # held-out problems that helped to choose the toy's settings: left out (LOG.md)
-# metrics.jsonl's columns that are reported, as their mean over the last quarter of training
+# columns of metrics.jsonl: reported is the mean over the last quarter of training
 LATE = {"reward": "reward", "entropy": "entropy", "distinct_correct": "distinct",
         "zero_weight_prompts": "no signal"}
 
-# name: (what is asked, the setting that all others are held against, setting: flags of train.py)
-RSPO = {f"RSPO k = {k}": {"k": k} for k in (1, 2, 4, 8)}
+RSPO = {f"k = {k}": {"k": k} for k in (1, 2, 4, 8, 16)}
+BEST8 = {"k = 8": {"k": 8}}
+MAX8 = {"group max k = 8": {"k": 8, "objective": "groupmax"}}
+# name: (question, the setting that all others are held against, setting: flags)
 EXPERIMENTS = {
-    "sanity": ("At k = 1 every objective is the ordinary policy gradient.", "reward", {
-        name: {"k": 1, "objective": name} for name in ("reward", "passk", "maxk", "groupmax")}),
-    "alignment": ("Is the k trained for the best at itself?", "RSPO k = 1", RSPO),
-    "graded": ("The same with graded rewards and Max@k.", "RSPO Max@1", {
-        f"RSPO Max@{k}": {"k": k, "objective": "maxk", "data": "countdown-graded"}
+    "sanity": ("At k = 1 every objective is the ordinary policy gradient.", "k = 1", {
+        "k = 1": {"k": 1},
+        **{name: {"k": 1, "objective": name} for name in ("reward", "maxk", "groupmax")}}),
+    "alignment": ("Is the k trained for the best at itself?", "k = 1", RSPO),
+    "graded": ("The same with graded rewards and Max@k.", "Max@1", {
+        f"Max@{k}": {"k": k, "objective": "maxk", "data": "divisor-graded"}
         for k in (1, 2, 4, 8)}),
-    "hitchhiking": ("The group maximum rewards a whole group of k for its best.", "RSPO k = 4", {
-        **RSPO, **{f"group max k = {k}": {"k": k, "objective": "groupmax"} for k in (2, 4, 8)}}),
-    "entropy": ("Does a larger k keep more different answers?", "RSPO k = 1", RSPO),
-    "noise": ("A share of the training rewards is flipped.", "RSPO k = 4", {
-        f"{label}{f', {flip:.0%} flipped' if flip else ''}":
-            {"k": k, "objective": objective, "flip": flip}
-        for label, k, objective in (("RSPO k = 4", 4, "passk"), ("RSPO k = 1", 1, "passk"),
-                                    ("group max k = 4", 4, "groupmax"))
+    "hitchhiking": ("The group maximum rewards a whole group for its best.", "k = 8", {
+        **BEST8, **MAX8,
+        **{f"group max k = {k}": {"k": k, "objective": "groupmax"} for k in (2, 4)},
+        **{f"{label}, {steps} steps": {**flags, "steps": steps} for steps in (60, 250)
+           for label, flags in (BEST8 | MAX8).items()}}),
+    "entropy": ("Does a larger k keep more different answers?", "k = 1", RSPO),
+    "noise": ("A share of the training rewards is flipped.", "k = 8", {
+        f"{label}{f', {flip:.0%} flipped' if flip else ''}": {**flags, "flip": flip}
+        for label, flags in (BEST8 | {"k = 1": {"k": 1}} | MAX8).items()
         for flip in (0, 0.05, 0.1, 0.2)}),
-    "samples": ("n answers per prompt, at equal steps and at equal samples.", "n = 16", {
-        "n = 16": {"k": 4},
-        **{f"n = {n}, equal steps": {"k": 4, "n": n} for n in (4, 8, 32)},
-        **{f"n = {n}, equal samples": {"k": 4, "n": n, "prompts": 512 // n} for n in (4, 8, 32)}}),
-    "estimators": ("Other weights at k = 4.", "passk", {
-        name: {"k": 4, "objective": name}
-        for name in ("passk", "loo", "groupmax", "plugin", "grpo")}),
-    "curve": ("A mixture and a schedule of ks against single ks.", "RSPO k = 4", {
-        **RSPO, "mixture 1,2,4,8,16": {"k": "1,2,4,8,16"}, "schedule 8:1": {"k": "8:1"}}),
+    "samples": ("n answers per prompt, at equal steps and equal samples.", "k = 8", {
+        **BEST8, **{f"n = {n}, equal steps": {"k": 8, "n": n} for n in (8, 16, 64)},
+        **{f"n = {n}, equal samples": {"k": 8, "n": n, "prompts": 512 // n}
+           for n in (8, 16, 64)}}),
+    "estimators": ("Other weights at k = 8.", "k = 8", {
+        **BEST8, **MAX8, "GRPO": {"k": 1, "objective": "grpo"},
+        **{label: {"k": 8, "objective": name} for label, name in (
+            ("leave-one-out", "loo"), ("plug-in", "plugin"), ("PKPO, centred", "pkpo-centred"))}}),
+    "curve": ("A mixture, a schedule and the harmonic sum of ks.", "k = 8", {
+        **BEST8, "k = 1": {"k": 1}, "mixture 1,2,4,8,16": {"k": "1,2,4,8,16"},
+        "schedule 8:1": {"k": "8:1"}, "harmonic": {"k": "harmonic"}}),
 }
 
 
 def settle(argv: list[str]):
-    """Names of the experiments, folder, whether it is the toy, seeds, and train.py's settings."""
+    """Experiments (name -> settings), folder, whether it is the toy, seeds, common flags."""
     name, rest = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else ("", argv)
     if name not in (*EXPERIMENTS, "all", ""):
         cli.fail(f"experiment {name!r} is unknown{cli.nearest(name, EXPERIMENTS)}; "
                  "python ablate.py lists all")
     args = cli.parse(__doc__, {**SETTINGS, **cli.SETTINGS}, rest)
-    for varied in ("k", "objective", "flip", "seed", "run", "resume"):
-        if getattr(args, varied) is not None:
-            cli.fail(f"{cli.flag(varied)} is what the experiments vary: leave it out")
-    (seeds, scale), toy = QUICK if args.quick else FULL, args.model in (None, "toy")
     given = {name: getattr(args, name) for name in cli.SETTINGS}
     given = {name: value for name, value in given.items() if value is not None}
-    if toy and given.get("limit", scale["limit"]) < SEEN + 2:
-        cli.fail(f"--limit is {args.limit}, but must be at least {SEEN + 2}: the first {SEEN} "
-                 "held-out problems chose the toy's settings")
-    names = list(EXPERIMENTS) if name == "all" else [name] if name else []
-    seeds = range(seeds[0], seeds[0] + (args.seeds or len(seeds)))
+    for varied in ("k", "objective", "flip", "seed", "run", "resume"):
+        if varied in given:
+            cli.fail(f"{cli.flag(varied)} is what the experiments vary: leave it out")
+    chosen = {each: EXPERIMENTS[each][2] for each in EXPERIMENTS if name in (each, "all")}
+    seeds, scale = QUICK if args.quick else FULL
+    if args.quick:
+        few = lambda flags: flags["k"] in (1, 8) and "steps" not in flags
+        chosen = {name: {label: flags for label, flags in settings.items() if few(flags)}
+                  for name, settings in chosen.items()}
+    seeds, toy = seeds[:args.seeds] if args.seeds else seeds, args.model in (None, "toy")
     flags = {**(scale if toy or args.quick else {}), **given}
-    return names, args.out or SETTINGS["out"].default, toy, seeds, flags
+    return chosen, args.out or SETTINGS["out"].default, toy, seeds, flags
 
 
 if __name__ == "__main__":
@@ -99,14 +104,13 @@ from tqdm import tqdm
 
 import evaluate
 import rspo
-from evaluate import LOOKS, Curve
+from evaluate import Curve
 from lib.run import read_config
-
 
 # ---------------------------------------------------------------- cells
 
 def cell(setting: dict, seed: int, flags: dict, out: Path) -> tuple[list[str], Path]:
-    """Words for train.py, and the run directory: the same for all experiments that share it."""
+    """Words for train.py, and the run directory: experiments share it."""
     own = {name: value for name, value in setting.items() if value and value != "passk"}
     own["seed"], words = seed, []
     for name, value in {**flags, **own}.items():
@@ -119,7 +123,7 @@ def cell(setting: dict, seed: int, flags: dict, out: Path) -> tuple[list[str], P
 
 
 def run_cells(cells: dict[Path, list[str]], workers: int) -> dict[Path, str]:
-    """Run cells, each in a process of its own. -> why some failed; the others went on."""
+    """Run cells, each in a process of its own. -> why some failed, the others went on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])  # imported once, not once per cell
 
@@ -158,30 +162,40 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def result(folder: Path, seen: int) -> tuple[dict, list[dict]] | None:
-    """The evaluation after training and the rows of metrics.jsonl; None: it is not done."""
+def result(folder: Path) -> tuple[dict, list[dict], dict] | None:
+    """Its last evaluation, rows of metrics.jsonl, and config; None: it is not done."""
     read = lambda name: [row for _, row in cli.read_rows(folder / name, appended=True)]
     if not (folder / "evals.jsonl").exists():
         return None
-    evals = read("evals.jsonl")
-    if not evals or evals[-1]["step"] != read_config(folder)["flags"]["steps"]:
+    evals, config = read("evals.jsonl"), read_config(folder)
+    if not evals or evals[-1]["step"] != config["flags"]["steps"]:
         return None
-    return {name: evals[-1][name][seen:] for name in ("ids", "rewards")}, read("metrics.jsonl")
+    return evals[-1], read("metrics.jsonl"), config
 
 
 # ---------------------------------------------------------------- the report
 
-def curve_of(label: str, results: list[tuple[dict, list[dict]]], data: str) -> Curve:
+def curve_of(label: str, results: list[tuple], data: str) -> Curve:
     """The estimates of a setting after training, with the LATE columns, over S seeds."""
-    rewards = torch.tensor([evaluation["rewards"] for evaluation, _ in results]).double()
+    rewards = torch.tensor([evaluation["rewards"] for evaluation, *_ in results]).double()
     ks = tuple(k for k in EVAL_KS if k <= rewards.shape[-1])  # rewards: (S, M, n)
     values = torch.stack([rspo.max_at_k(rewards, k) for k in ks], -1)  # (S, M, K)
     metric = next(name for name in results[0][1][0] if name.endswith("@k"))[:-2]
     late = {}
     for column, name in LATE.items():
-        last = [[row[column] for row in rows[-max(1, len(rows) // 4):]] for _, rows in results]
+        last = [[row[column] for row in rows[-max(1, len(rows) // 4):]] for _, rows, _ in results]
         late[name] = torch.tensor(last).double().mean(-1)  # (S,)
     return Curve(label, metric, ks, values, tuple(results[0][0]["ids"]), data, late)
+
+
+def check_alike(results: dict[str, dict[int, tuple]]) -> None:
+    """UserError where cells differ in the problems of their evaluation or in their code."""
+    every = [each for of in results.values() for each in of.values()]
+    for what, values in (("problems", [evaluation["ids"] for evaluation, *_ in every]),
+                         ("versions of the code", [config.get("code") for *_, config in every])):
+        if any(value != values[0] for value in values):
+            cli.fail(f"some cells were made with different {what}: delete the older ones, or "
+                     "give another --out")
 
 
 def verdict(label: str, reference: str, ks, mean, half) -> str:
@@ -195,63 +209,76 @@ def verdict(label: str, reference: str, ks, mean, half) -> str:
 
 
 def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], out: Path) -> str:
-    """Levels, paired differences and verdicts of an experiment, whatever it varies; a figure."""
+    """Levels, paired differences and verdicts of an experiment; a figure."""
     question, reference, _ = EXPERIMENTS[name]
     results = {label: each for label, each in results.items() if each}
     seeds = set.intersection(*map(set, results.values())) if results else set()
     parts = [f"## {name}", question, *failed]
     if not seeds:
         return "\n\n".join([*parts, "No seed is done for every setting: nothing to report."])
+    check_alike(results)
     order = sorted(results, key=lambda label: label != reference)
     curves = [curve_of(label, [results[label][seed] for seed in sorted(seeds)], name)
               for label in order]
-    changes = {curve.name: evaluate.difference(curve, curves[0]) for curve in curves[1:]}
-    draw(curves, changes, results, out / f"{name}.png")
-    verdicts = [verdict(label, order[0], *change) for label, change in changes.items()]
+    draw(name, curves, results, out / f"{name}.png")
+    count = (len(curves) - 1) * len(curves[0].ks)
+    verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0], count))
+                for curve in curves[1:]]
+    each = [f"{curve.name:28s}" + " ".join(f"{mean:.3f}" for mean in last_k(curve))
+            for curve in curves]
     return "\n\n".join([
-        *parts, f"```\n{evaluate.table(curves)}\n```", "\n".join(verdicts),
+        *parts, f"```\n{evaluate.table(curves)}\n```",
+        f"At 95 % for all {count} differences together (Bonferroni):", "\n".join(verdicts),
+        f"Each seed by itself, at k = {curves[0].ks[-1]}:",
+        "\n".join(["```", *each, "```"]),
         f"{len(seeds)} seed(s); {', '.join(LATE.values())}: the last quarter of training. "
         f"`python ablate.py {' '.join(sys.argv[1:])}`"])
 
 
-def draw(curves: list[Curve], changes: dict, results: dict, path: Path) -> None:
-    """Three panels: the curves, their differences to the reference, entropy over training."""
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+def last_k(curve: Curve) -> list[float]:
+    """Mean estimate of each seed at the largest k."""
+    return curve.values[..., -1].mean(-1).tolist()  # (S,)
+
+
+def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
+    """Left: the curves. Right: each seed; of `entropy`, its course over training."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     evaluate.draw_curves(left, curves)
     for i, curve in enumerate(curves):
-        look = {"label": curve.name, **LOOKS[i % len(LOOKS)]}
-        if curve.name in changes:
-            ks, mean, half = changes[curve.name]
-            middle.errorbar(ks, mean, half, capsize=2, **look)
-        entropy = [[row["entropy"] for row in rows] for _, rows in results[curve.name].values()]
-        mean = evaluate.running_mean(torch.tensor(entropy).mean(0).tolist())
-        right.plot(mean, **{**look, "marker": None})
-    middle.set(title=f"minus {curves[0].name}", xlabel="k", xscale="log")
-    middle.set_xticks(curves[0].ks, map(str, curves[0].ks))
-    middle.axhline(0, color="grey", linewidth=0.8)
-    right.set(title="entropy (nats per answer)", xlabel="step")
+        look = evaluate.look(curve.name, i)
+        if name == "entropy":
+            rows = [[row["entropy"] for row in rows] for _, rows, _ in results[curve.name].values()]
+            mean = evaluate.running_mean(torch.tensor(rows).mean(0).tolist())
+            right.plot(mean, **{**look, "marker": None})
+        else:
+            right.plot(last_k(curve), [-i] * len(curve.values), **{**look, "linestyle": "none"})
+    if name == "entropy":
+        right.set(title="entropy while training (nats per answer)", xlabel="step")
+    else:
+        right.set(title="each seed by itself", xlabel=f"{curves[0].metric}@{curves[0].ks[-1]}")
+        right.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])
     figure.savefig(path, dpi=130)
 
 
 def main(argv: list[str] | None = None) -> None:
-    names, out, toy, seeds, flags = settle(sys.argv[1:] if argv is None else argv)
-    if not names:
+    chosen, out, toy, seeds, flags = settle(sys.argv[1:] if argv is None else argv)
+    if not chosen:
         for name, (question, _, settings) in EXPERIMENTS.items():
             print(f"{name:12s} {len(settings):2d} settings   {question}")
         return
-    cells = {(name, label, seed): cell(setting, seed, flags, out) for name in names
-             for label, setting in EXPERIMENTS[name][2].items() for seed in seeds}
-    seen = SEEN if toy else 0
+    cells = {(name, label, seed): cell(setting, seed, flags, out)
+             for name, settings in chosen.items() for label, setting in settings.items()
+             for seed in seeds}
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    waiting = {folder: argv for argv, folder in cells.values() if not result(folder, seen)}
+    waiting = {folder: argv for argv, folder in cells.values() if not result(folder)}
     os.environ["OMP_NUM_THREADS"] = "1"
     reasons = run_cells(waiting, (os.cpu_count() or 1) if toy else 1)
-    for name in names:
-        results: dict[str, dict] = {label: {} for label in EXPERIMENTS[name][2]}
+    for name, settings in chosen.items():
+        results: dict[str, dict] = {label: {} for label in settings}
         failed = []
         for (of, label, seed), (_, folder) in cells.items():
-            if of == name and (found := result(folder, seen)):
+            if of == name and (found := result(folder)):
                 results[label][seed] = found
             elif of == name:
                 failed.append(f"- {label}, seed {seed}: failed, {reasons.get(folder)}")

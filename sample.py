@@ -284,7 +284,7 @@ def settle(args) -> None:
     """Settings that were not given follow from the model: of a run its own, else the task's."""
     args.model = args.model or "toy"
     own, toy = run.flags_of(args.model), run.resolve_model(args.model)[0] == str(run.TOY)
-    data = own.get("eval_data", "countdown:test" if toy else "math500")
+    data = own.get("eval_data", "divisor:test" if toy else "math500")
     cli.settle(args, SETTINGS, toy, {**own, "n": 64, "data": data})
     args.sampler = pick_sampler(args.sampler)
 

@@ -1,9 +1,8 @@
 r"""Proof that problems, prompts and rewards are what lib/tasks.py says.
 
-1. Countdown: the parser equals Python's own arithmetic (by `ast`, nothing is evaluated). Outside
-   the grammar there is no value. Each number counts exactly once. Graded rewards are
-   exp(-|value - target| / 5).
-2. Data sets: the split is a partition with a tenth for testing, and no evaluation question is
+1. Find a divisor: the numbers are those of the definition, an answer is right if and only if it
+   divides, and no other text earns anything. Graded rewards are min(1, log d / log 100).
+2. Data sets: the split is a partition, 8 : 1 : 1, and no evaluation question is
    trained on. A bad file is refused with file and line, an unknown name with the nearest one.
 3. Prompts: plain, the chat template with and without a \boxed of its own, the data's own. Special
    tokens are written once. What the model cannot read is refused with the numbers.
@@ -11,13 +10,10 @@ r"""Proof that problems, prompts and rewards are what lib/tasks.py says.
    nothing, and an answer that hangs costs one time limit, is counted and harms no other.
 """
 
-import ast
 import json
 import math
-import operator
 import random
 import threading
-from itertools import permutations, product
 from types import SimpleNamespace
 
 import pytest
@@ -30,74 +26,41 @@ from lib.cli import UserError
 from lib.tasks import Problem
 
 DATA = ROOT.parent / "shared" / "data"
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
-# ---------------------------------------------------------------- 1. Countdown
+# ---------------------------------------------------------------- 1. find a divisor
 
-def by_ast(expression):
-    def value(node):
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        return node.value
-    return value(ast.parse(expression, mode="eval").body)
+def divisors(number):
+    """All but 1 and the number, by trial of every candidate up to its half."""
+    return {d for d in range(2, number // 2 + 1) if number % d == 0}
 
 
-def in_grammar(text):
-    """Digits 1..9 at even places, + - * at odd ones."""
-    kinds = "123456789", "+-*"
-    return len(text) % 2 == 1 and all(c in kinds[i % 2] for i, c in enumerate(text))
+def test_the_numbers_are_those_of_the_definition():
+    listed = set(tasks.composites())
+    for number in [*random.Random(0).sample(range(10000, 100000), 2000), 10001, 99999]:
+        found = {d for d in range(2, 100) if number % d == 0}
+        last_digit_tells = bool({2, 5} & found)
+        assert (number in listed) == bool(found and not last_digit_tells), number
+    assert min(listed) > 10000 and max(listed) < 100000 and len(tasks.composites()) == len(listed)
 
 
-def test_the_parser_equals_pythons_arithmetic():
-    rng = random.Random(0)
-    every = (product(*(["123456789", "+-*"] * n)[:-1]) for n in (1, 2, 3))
-    short = ("".join(pieces) for group in every for pieces in group)
-    tail = lambda: rng.choice("+-*") + rng.choice("123456789")
-    long = (rng.choice("123456789") + "".join(tail() for _ in range(rng.randrange(3, 12)))
-            for _ in range(3000))
-    noise = ("".join(rng.choices("0123456789+-*=:", k=rng.randrange(1, 6)))
-             for _ in range(10000))
-    for text in (*short, *long, *noise):
-        assert tasks.countdown_value(text) == (by_ast(text) if in_grammar(text) else None), text
+def test_an_answer_is_right_if_and_only_if_it_divides():
+    for number in random.Random(1).sample(tasks.composites(), 10):
+        right = divisors(number)
+        for d in range(number + 2):
+            assert tasks.grade_divisor(str(d), str(number)) == (d in right)
+        for d in right:
+            reward = tasks.grade_divisor(str(d), str(number), graded=True)
+            assert reward == pytest.approx(min(1.0, math.log(d) / math.log(100)), rel=1e-12)
+        assert tasks.grade_divisor("2", str(number), graded=True) == 0
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "+3", "3+", "12+3", "0+5", "3+05", "3**5", "3--5", "3/5", "(3+5)", "3 +5", "3+5\n",
-    "3+5=8", "３+5", "٣+5", "3+5<pad>", "1e3", "3.0", "exit()", "__import__('os')", "3+5" * 2,
-    "3\x00+5"])
-def test_outside_the_grammar_there_is_no_value(text):
-    assert tasks.countdown_value(text) is None
-    assert tasks.grade_countdown(text, "35=8", graded=True) == 0
-
-
-@pytest.mark.parametrize("text, exact, graded", [
-    ("3*5+7-2", 1, 1), ("7-2+5*3", 1, 1), ("2*5+7+3", 1, 1),
-    ("3*7+5-2", 0, math.exp(-4 / 5)), ("2*3*5-7", 0, math.exp(-3 / 5)),
-    ("2-3-5-7", 0, math.exp(-33 / 5)), ("7+3*2*5", 0, math.exp(-17 / 5)),
-    ("3*5+7", 0, 0), ("3*5+7-2+2", 0, 0), ("2*5+7+5", 0, 0), ("3*5+8-4", 0, 0),
-    ("2+2+9+9", 0, 0), ("22", 0, 0), ("2357=22", 0, 0)])
-def test_numbers_count_exactly_once_and_a_miss_earns_its_distance(text, exact, graded):
-    assert tasks.grade_countdown(text, "2357=20") == exact
-    reward = tasks.grade_countdown(text, "2357=20", graded=True)
-    assert reward == pytest.approx(graded, rel=1e-15)
-
-
-def test_every_listed_solution_is_right_and_none_is_missing():
-    listed = tasks.countdown_solutions()
-    assert all(by_ast(text) == target for (_, target), texts in listed.items() for text in texts)
-    known = sorted({numbers for numbers, _ in listed})
-    for numbers in random.Random(2).sample(known, 80):
-        found = {}
-        for (a, b, c, d), (o, p, q) in product(set(permutations(numbers)),
-                                               product("+-*", repeat=3)):
-            expression = a + o + b + p + c + q + d
-            found.setdefault(by_ast(expression), set()).add(expression)
-        for target in range(10, 100):
-            expressions = sorted(found.get(target, []))
-            assert sorted(listed.get((numbers, target), [])) == expressions
-            for expression in expressions:
-                assert tasks.grade_countdown(expression, f"{numbers}={target}") == 1
+    "", " ", "1", "0", "30003", "-3", "+3", "03", "3.0", "3e0", "3,", "3:", ":3", "3 7", "３", "٣",
+    "³", "3<pad>", "0x3", "exit()", "__import__('os')", "3\x00", "9" * 5000, "3" * 16, "\ud800"])
+def test_no_other_text_earns_anything(text):
+    assert tasks.grade_divisor("3", "30003") == tasks.grade_divisor(" 3\n", "30003") == 1
+    assert tasks.grade_divisor(text, "30003") == tasks.grade_divisor(text, "30003", True) == 0
 
 
 # ---------------------------------------------------------------- 2. data sets
@@ -113,32 +76,35 @@ def questions(problems):
     return [problem.question for problem in problems]
 
 
-@pytest.mark.parametrize("name", ["countdown", "countdown-graded"])
-def test_train_and_test_are_a_partition_with_a_tenth_for_testing(name):
-    whole, train, test = (tasks.load_problems(name + part) for part in ("", ":train", ":test"))
+@pytest.mark.parametrize("name", tasks.GAMES)
+def test_the_parts_are_a_partition_8_to_1_to_1(name):
+    whole, *parts = (tasks.load_problems(name + part) for part in ("", ":train", ":select", ":test"))
     assert {p.task for p in whole} == {name}
-    assert len({p.id for p in whole}) == len(whole) == len(tasks.countdown_solutions())
-    assert not set(train) & set(test) and set(train) | set(test) == set(whole)
-    assert abs(len(test) - len(whole) / 10) < 5 * (len(whole) * 0.09) ** 0.5
-    assert questions(test) == questions(tasks.load_problems("countdown:test"))  # graded or not
+    assert len({p.id for p in whole}) == len(whole) == len(tasks.composites())
+    assert sum(map(len, parts)) == len(whole) and set().union(*parts) == set(whole)
+    for part, share in zip(parts, (0.8, 0.1, 0.1)):
+        assert abs(len(part) - len(whole) * share) < 5 * (len(whole) * share * (1 - share)) ** 0.5
+    assert questions(parts[2]) == questions(tasks.load_problems("divisor:test"))  # graded or not
 
 
 def test_a_limit_is_a_fixed_choice():
-    few, more = (tasks.load_problems("countdown:test", limit) for limit in (20, 50))
-    assert few == tasks.load_problems("countdown:test", 20)
+    few, more = (tasks.load_problems("divisor:test", limit) for limit in (20, 50))
+    assert few == tasks.load_problems("divisor:test", 20)
     assert len(set(few)) == 20 and set(few) < set(more)
-    everything = tasks.load_problems("countdown:test")
-    assert tasks.load_problems("countdown:test", 10**6) == everything
+    everything = tasks.load_problems("divisor:test")
+    assert tasks.load_problems("divisor:test", 10**6) == everything
 
 
 def test_a_jsonl_file_is_read_as_it_stands(tmp_path):
     path = write(
         tmp_path / "own.jsonl", {"id": "a", "problem": "1 + 1?", "answer": "2"}, "",
         {"problem": "Größe\u2028x?", "answer": 7},
-        {"problem": "p", "answer": "\\frac12", "prompt": "exactly this:", "level": 3})
+        {"problem": "p", "answer": "\\frac12", "prompt": "exactly this:", "level": 3},
+        {"problem": "a divisor of 91", "answer": 91, "prompt": "91/", "task": "divisor"})
     assert tasks.load_problems(path) == [
         Problem("a", "1 + 1?", "2"), Problem("own-3", "Größe\u2028x?", "7"),
-        Problem("own-4", "p", "\\frac12", prompt="exactly this:", level=3)]
+        Problem("own-4", "p", "\\frac12", prompt="exactly this:", level=3),
+        Problem("own-5", "a divisor of 91", "91", "divisor", "91/")]
 
 
 def test_levels_can_be_picked(tmp_path):
@@ -154,8 +120,8 @@ def test_levels_can_be_picked(tmp_path):
     for part, said in (("5", "none of its 6"), ("1-9:5", "holds no problems")):
         with pytest.raises(UserError, match=said):
             picked(part)
-    with pytest.raises(UserError, match="asks for levels 2, but countdown has no 'level'"):
-        tasks.load_problems("countdown:2")
+    with pytest.raises(UserError, match="asks for levels 2, but divisor has no 'level'"):
+        tasks.load_problems("divisor:2")
 
 
 def test_a_training_set_keeps_its_levels_in_its_evaluation(monkeypatch):
@@ -196,7 +162,10 @@ def test_an_id_that_comes_twice_is_named_with_both_lines(tmp_path):
     ('{"problem": "p", "answer": ""}', "no 'answer'"),
     ('{"problem": "p", "answer": null}', "'answer'"),
     ('{"problem": null, "answer": "1"}', "'problem'"),
-    ('{"problem": "p", "answer": "1", "prompt": 5}', "'prompt' is a int")])
+    ('{"problem": "p", "answer": "1", "prompt": 5}', "'prompt' is a int"),
+    ('{"problem": "p", "answer": "1", "task": "chess"}', "task 'chess' is none of math, divisor"),
+    ('{"problem": "p", "answer": "1", "task": ["math"]}', "task ['math'] is none of"),
+    ('{"problem": "p", "answer": "x", "task": "divisor"}', "answer 'x' of task divisor is no")])
 def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, said):
     good = {"problem": "p", "answer": "1"}
     path = write(tmp_path / "bad.jsonl", good, line, good)
@@ -215,9 +184,9 @@ def test_an_empty_data_set_and_a_file_that_is_no_text_are_refused(tmp_path, cont
 
 
 @pytest.mark.parametrize("name, said", [
-    ("countdwn", "'countdwn' is unknown, did you mean 'countdown'"),
+    ("divisr", "'divisr' is unknown, did you mean 'divisor'"),
     ("math50", "did you mean 'math500'"), ("GSM8K", "GSM8K' is unknown"),
-    ("qqq", "'qqq' is unknown; give one of countdown"),
+    ("qqq", "'qqq' is unknown; give a .jsonl file, owner/name of the hub, or one of div"),
     ("no/such.jsonl", "no/such.jsonl cannot be read"),
     ("gsm8k", "'gsm8k' could not be loaded"),
     ("no/such-data", "'no/such-data' could not be loaded")])
@@ -237,7 +206,7 @@ def test_no_evaluation_question_is_trained_on(tmp_path):
         tasks.train_and_eval(held_out, train, 1)  # whatever the limit: the whole file is kept out
 
 
-@pytest.mark.parametrize("data", ["countdown", "countdown:train", "countdown-graded"])
+@pytest.mark.parametrize("data", ["divisor", "divisor:train", "divisor-graded"])
 def test_the_default_evaluation_data_is_the_held_out_part(data):
     problems, held_out, *names = tasks.train_and_eval(data, None, 30)
     base = data.split(":")[0]
@@ -258,7 +227,7 @@ def test_every_benchmark_file_loads():
 # ---------------------------------------------------------------- 3. prompts
 
 MATH = Problem("m", "How many?", "3")
-GAME = Problem("c7", "2357=22:", "2357=22", "countdown")
+GAME = Problem("d7", "30003:", "30003", "divisor")
 TURN = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}")
 
@@ -277,7 +246,7 @@ def context(tokens):
     (None, MATH, f"Question: How many?\n{tasks.INSTRUCTION}\nAnswer:"),
     (TURN, MATH, f"<user>How many?\n{tasks.INSTRUCTION}<assistant>"),
     ("In \\\\boxed{}." + TURN, MATH, "In \\\\boxed{}.<user>How many?<assistant>"),
-    (TURN, GAME, "2357=22:"), (TURN, Problem("p", "q", "3", prompt="as it is"), "as it is")])
+    (TURN, GAME, "30003:"), (TURN, Problem("p", "q", "3", prompt="as it is"), "as it is")])
 def test_a_prompt_asks_for_the_box_exactly_once(template, problem, prompt):
     assert tasks.render(problem, tokenizer_with(template)) == prompt
 
@@ -323,36 +292,35 @@ def test_special_tokens_are_written_once(template):
 
 def test_prompts_are_encoded_in_order_and_nothing_else_of_a_problem_changes():
     tokenizer = tokenizer_with(None)
-    problems = tasks.load_problems("countdown:test", 5)
+    problems = tasks.load_problems("divisor:test", 5)
     encoded = tasks.encode(problems, tokenizer, context(None), 10**6)  # no context: no limit
     assert [tokenizer.decode(p.prompt_ids) for p in encoded] == questions(problems)
     assert [Problem(**{**vars(p), "prompt_ids": ()}) for p in encoded] == problems
 
 
 @pytest.mark.parametrize("problem, new, said", [
-    (GAME, 13, "problem c7: prompt of 8 tokens .* 13 exceed the model's context of 20 tokens"),
+    (GAME, 15, "problem d7: prompt of 6 tokens .* 15 exceed the model's context of 20 tokens"),
     (Problem("p", "q", "1", prompt=""), 1, "problem p: its prompt '' has no tokens"),
-    (MATH, 1, "problem m: the tokenizer does not know all of its prompt")])
+    (MATH, 1, "problem m: the toy knows one game only")])
 def test_a_prompt_that_the_model_cannot_read_is_refused_with_the_numbers(problem, new, said):
     tokenizer = tokenizer_with(None)
-    assert len(tasks.encode([GAME], tokenizer, context(20), 12)[0].prompt_ids) == 8
+    assert len(tasks.encode([GAME], tokenizer, context(20), 14)[0].prompt_ids) == 6
     with pytest.raises(UserError, match=said):
         tasks.encode([problem], tokenizer, context(20), new)
 
 
 def test_a_question_is_a_problem_and_a_game_knows_its_answer():
     assert tasks.question(" 1 + 1? ", "math500") == Problem("ask", "1 + 1?", "")
-    for text in ("2357=22", "2357=22:", " 2357=22: "):
-        for task in ("countdown", "countdown-graded"):
+    for text in ("30003", "30003:", " 30003: "):
+        for task in tasks.GAMES:
             asked = tasks.question(text, f"{task}:test")
-            assert asked == Problem("ask", "2357=22:", "2357=22", task)
+            assert asked == Problem("ask", "30003:", "30003", task)
 
 
-@pytest.mark.parametrize("text", [
-    "22=2357", "235=22", "2357=220", "2357=5", "2357", "0123=22", "2357=22=1", "2+2"])
+@pytest.mark.parametrize("text", ["3", "3000", "300030", "03003", "3000x", "30003=3", "-3000"])
 def test_a_question_that_the_toy_cannot_play_is_refused(text):
-    with pytest.raises(UserError, match="four numbers 1 to 9 and a target 10 to 99"):
-        tasks.question(text, "countdown:test")
+    with pytest.raises(UserError, match="give a number of five digits"):
+        tasks.question(text, "divisor:test")
     with pytest.raises(UserError, match="--ask is empty"):
         tasks.question(" : ", "math500")
 
@@ -381,11 +349,11 @@ def test_the_last_box_decides(text, answer, reward):
 
 
 def test_all_are_graded_by_their_task_and_cut_off_answers_earn_nothing():
-    problems = [Problem("m", "?", "0.5"), GAME, Problem("g", "", "2357=22", "countdown-graded")]
+    problems = [Problem("m", "?", "0.5"), GAME, Problem("g", "", "30003", "divisor-graded")]
     groups = [answers(r"\boxed{\frac12}") + answers(r"\boxed{\frac12}", finished=False),
-              answers("3*5+7-2", "2*5+7+5", "7*2+3+5") + answers("7*2+3+5", finished=False),
-              answers("3*5+7-2") + answers("7*2+3+5", finished=False)]
-    expected = [[1, 0], [0, 0, 1, 0], [math.exp(-2 / 5), 0]]
+              answers("3", "7", "73") + answers("3", finished=False),
+              answers("73") + answers("3", finished=False)]
+    expected = [[1, 0], [1, 0, 1, 0], [math.log(73, 100), 0]]
     assert tasks.grade_all(problems, groups) == (expected, 0)
     assert [p.graded for p in problems] == [False, False, True]
     with pytest.raises(ValueError):
@@ -395,7 +363,7 @@ def test_all_are_graded_by_their_task_and_cut_off_answers_earn_nothing():
 def test_a_hanging_answer_is_counted_and_harms_no_other(monkeypatch):
     monkeypatch.setattr(marker, "LIMIT_S", 0.4)
     problems = [Problem("a", "?", r"\pi"), GAME, Problem("b", "?", "0.5")]
-    right, game = r"\boxed{\frac12}", "7*2+3+5"
+    right, game = r"\boxed{\frac12}", "3"
     groups = [answers(HANGS, r"\boxed{\pi}"), answers(game, game), answers(right, "wrong", right)]
     assert tasks.grade_all(problems, groups) == ([[0, 1], [1, 1], [1, 0, 1]], 1)
     # the failures are those of a call
@@ -410,7 +378,7 @@ def test_answers_that_the_marker_lost_earn_nothing_and_are_counted(monkeypatch):
         return [None, 1.0, None]
     monkeypatch.setattr(marker, "mark", mark)
     groups = [answers("a") + answers("x", finished=False) + answers("b"),
-              answers("3*5+7-2"), answers("c")]
+              answers("7"), answers("c")]
     problems = [Problem("p", "?", "1"), GAME, Problem("q", "?", "2")]
     assert tasks.grade_all(problems, groups) == ([[0, 0, 1], [0], [0]], 2)
     assert asked == [("a", "1"), ("b", "1"), ("c", "2")]  # nothing that was cut off

@@ -1,17 +1,18 @@
-"""Make the embedded toy model: a 0.2 M-parameter Qwen2 that plays Countdown, a little.
+"""Make the embedded toy model: a Qwen2 of 215,000 parameters that guesses divisors.
 
-    python toy/pretrain.py        rewrites toy/*.json and toy/model.safetensors in half a minute
+    python toy/pretrain.py                           rewrites toy/ in half a minute
+    python toy/pretrain.py --seed 1 --out runs/toy1  another base, for experiments
 
-Countdown: four numbers and a target, `2357=22:`. The answer uses each number once, with + - *:
-`3*5+7-2`. The model is trained on random right answers to the training problems only
-(`countdown:train`; the held-out problems are a tenth, split off by hash). It is stopped early on
-purpose: it writes valid expressions that hit the target about one time in eight, so that
-reinforcement learning has something to do.
+Find a divisor: `19307:` is answered by `43`, or any other d with 1 < d < 19307 that
+divides it. The model is shown random right answers to the training numbers only
+(`divisor:train`), of any size. So it learns how answers look and how often each
+divisor occurs, and not to divide. It is right about one time in twelve.
 
-Shapes: B answers per step, T tokens of the longest.
+Shapes: B answers per step, T tokens of the longest, V vocabulary.
 """
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -25,7 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from lib import tasks
 
-VOCABULARY = ["<pad>", "<eos>", *"0123456789", *"+-*=:"]
+VOCABULARY = ["<pad>", "<eos>", *"0123456789", ":"]
+STEPS, BATCH, LR = 250, 192, 4e-3
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -39,53 +41,55 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(Qwen2Config(
+    model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
+    # Behind the last norm a hidden state has a fixed length, and LoRA leaves norm and head
+    # alone. Begun at 1 that length lets no token be likelier than .6, whatever LoRA learns.
+    torch.nn.init.constant_(model.model.norm.weight, 8.0)
+    return model
+
+
+def divisors(number: int) -> list[str]:
+    """All but 1 and the number itself."""
+    low = [d for d in range(2, math.isqrt(number) + 1) if number % d == 0]
+    return [str(d) for d in sorted({*low, *(number // d for d in low)})]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--steps", type=int, default=350, help="optimizer steps (default 350)")
-    add("--batch", type=int, default=256, help="answers per step (default 256)")
-    add("--lr", type=float, default=4e-3, help="highest learning rate (default 4e-3)")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=HERE, help="folder to write (default: toy/)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: toy/)")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    solutions = tasks.countdown_solutions()
-    problems = tasks.load_problems("countdown:train")
-    games = [p.answer.split("=") for p in problems]
-    answers = [solutions[numbers, int(target)] for numbers, target in games]
+    problems = tasks.load_problems("divisor:train")
+    answers = [divisors(int(p.answer)) for p in problems]
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     # warmed up over a tenth of the steps, then decayed
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps,
-                                                   pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS, pct_start=0.1)
     start = time.time()
-    for step in range(1, args.steps + 1):
-        chosen = [rng.randrange(len(problems)) for _ in range(args.batch)]
-        texts = [problems[i].question + rng.choice(answers[i]) + tokenizer.eos_token
-                 for i in chosen]
+    for step in range(1, STEPS + 1):
+        chosen = [rng.randrange(len(problems)) for _ in range(BATCH)]
+        texts = [problems[i].question + rng.choice(answers[i]) + "<eos>" for i in chosen]
         ids = tokenizer(texts, padding=True, return_tensors="pt")
         labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)  # (B, T)
-        for row, i in enumerate(chosen):
-            labels[row, :len(problems[i].question)] = -100  # learn the answer only
+        labels[:, :len(problems[0].question)] = -100  # learn the answer only
         loss = model(**ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 50 == 0:
             seconds = time.time() - start
-            print(f"step {step}/{args.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+            print(f"step {step}/{STEPS}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -1,0 +1,146 @@
+"""What k does, in a minute: the toy, trained for one try and for the best of eight.
+
+    python toy/demo.py        what `make demo` runs; it leaves runs/demo/
+
+Two runs of train.py side by side, which differ in --k alone. Then, on numbers that
+nothing was trained on or chosen by: pass@k of both, and what they answer.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+CODE = ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CODE))
+
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+import evaluate
+import sample
+from lib import cli, policy, run, tasks
+from lib.cli import UserError
+
+KS = (1, 8)
+FOLDER = ROOT / "runs/demo"
+FLAGS = ("--limit", "1000")  # of so few as 100 numbers, 3 may divide by far too many
+DIVISORS = ("3", "7", "9", "11", "13", "17", "19", "21", "23", "29", "31")  # others: together
+SHOWN = (1, 4, 8, 16)
+
+
+def train(folder: Path, ks=KS, flags=FLAGS) -> dict[int, Path]:
+    """Train the toy once for each k, side by side. -> run directory of each."""
+    runs, processes = {k: folder / f"k-{k}" for k in ks}, []
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for k, path in runs.items():
+        command = [sys.executable, "train.py", "--k", str(k), *flags, "--run", path.resolve()]
+        with path.with_suffix(".log").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=CODE, stdout=log, stderr=log,
+                                              env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    label = "training for " + " and ".join(f"k = {k}" for k in ks)
+    with tqdm(total=len(ks) * cli.SETTINGS["steps"].toy, desc=label, unit=" steps", mininterval=1) as bar:
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.2)
+            rows = [path / "metrics.jsonl" for path in runs.values()]
+            bar.update(sum(row.read_bytes().count(b"\n") for row in rows if row.exists()) - bar.n)
+    for process, path in zip(processes, runs.values()):
+        if process.returncode:
+            said = path.with_suffix(".log").read_text().strip().split("\n")
+            raise UserError(f"training in {path} failed: {said[-1]}")
+    return runs
+
+
+def curves(runs: dict[int, Path], ks=(1, 2, 4, 8, 16, 32)) -> list[evaluate.Curve]:
+    """pass@k before training and after training for each k, as train.py evaluated it."""
+    found = []
+    for k, path in runs.items():
+        first, *_, last = (row for _, row in cli.read_rows(path / "evals.jsonl", appended=True))
+        problems = {p.id: p for p in tasks.load_problems("divisor:test")}
+        for name, row in (("before", first), (f"k = {k}", last)):
+            held_out = [problems[each] for each in row["ids"]]
+            found.append(evaluate.make_curve(name, held_out, row["rewards"], ks))
+    return [curve for i, curve in enumerate(found) if i == 0 or curve.name != "before"]
+
+
+def answers(model: str, problems: list[tasks.Problem], n: int = 8) -> list[list[str]]:
+    """Texts [P][n] of a model's answers."""
+    model, tokenizer = policy.load_model(*run.resolve_model(model), device="cpu")
+    problems = tasks.encode(problems, tokenizer, model.config, 6)
+    sampler = sample.HFSampler(model, tokenizer, sample.stop_ids(model, tokenizer), 1.0, 6)
+    groups = sampler.generate([p.prompt_ids for p in problems], n, seed=1)
+    return [[rollout.text for rollout in group] for group in groups]
+
+
+def draw(curves: list, texts: dict[str, list[list[str]]], path: Path | None = None) -> Figure:
+    """Left: pass@k. Right: what is answered, in per cent of all answers."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    evaluate.draw_curves(left, curves)
+    left.set_title("chance that one of k answers is right")
+    labels = [*DIVISORS, "other"]
+    for i, (name, groups) in enumerate(texts.items()):
+        said = Counter(text if text in DIVISORS else "other" for group in groups for text in group)
+        shares = [100 * said[label] / said.total() for label in labels]
+        places = [place + 0.27 * (i - 1) for place in range(len(labels))]
+        right.bar(places, shares, 0.27, label=name, color=evaluate.LOOKS[i]["color"],
+                  hatch=("", "///", "...")[i], edgecolor="white", linewidth=0)
+    right.set(title="what the model answers, in % of its answers", xlabel="answer")
+    right.set_xticks(range(len(labels)), labels)
+    right.legend(fontsize=8)
+    if path:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def groups_to_read(problems: list, texts: dict[str, list[list[str]]]) -> str:
+    """Eight answers of each model to three numbers, one that only the last model finds."""
+    right = lambda name, i: [bool(tasks.grade_divisor(text, problems[i].answer))
+                             for text in texts[name][i]]
+    hits = {name: [sum(right(name, i)) for i in range(len(problems))] for name in texts}
+    _, one, best = texts
+    wanted = (lambda i: not hits[one][i] and hits[best][i] >= 2,
+              lambda i: hits[one][i] and hits[best][i],
+              lambda i: not hits[one][i] and hits[best][i] == 1)
+    lines, used = [], set()
+    for fits in wanted:
+        i = next((i for i in range(len(problems)) if fits(i) and i not in used), 0)
+        used.add(i)
+        for name in texts:
+            said = [f"[{text}]" if hit else f" {text} "
+                    for text, hit in zip(texts[name][i], right(name, i))]
+            number = problems[i].answer if name == "before" else ""
+            lines.append(f"{number:7s}{name:7s}" + "".join(f"{word[:8]:>8s}" for word in said))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    cli.parse(__doc__, {})
+    runs = train(FOLDER, KS, FLAGS)
+    found = curves(runs, SHOWN)
+    _, one, best = found
+    at = dict(zip(SHOWN, zip(*(curve.values.mean(0).tolist() for curve in found))))
+    problems = tasks.load_problems("divisor:test", 200)
+    texts = {name: answers(str(model), problems)
+             for name, model in zip(("before", *(f"k = {k}" for k in KS)), ("toy", *runs.values()))}
+    draw(curves(runs), texts, FOLDER / "demo.png")
+
+    sentence = ("\nWith 8 tries the toy finds a divisor of this share of the numbers: before {:.2f},"
+                "\ntrained for one try (ordinary RL) {:.2f}, trained for the best of 8 {:.2f}.\n")
+    print(re.sub(r"0(\.\d\d)", r"\1", sentence.format(*at[8])))
+    print(evaluate.table(found))
+    ks, mean, half = evaluate.difference(best, one)
+    changes = [f"{mean[ks.index(k)]:+.2f} +- {half[ks.index(k)]:.2f} at pass@{k}" for k in KS]
+    print(f"k = 8 minus k = 1: {', '.join(changes)}\n\neight answers to a number, hits in []")
+    print(groups_to_read(problems, texts))
+    print(f"\nfigure: {FOLDER.relative_to(ROOT)}/demo.png; the runs: "
+          f"{', '.join(str(path.relative_to(ROOT)) for path in runs.values())}")
+
+
+if __name__ == "__main__":
+    cli.run_script(main)
