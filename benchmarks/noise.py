@@ -4,17 +4,18 @@
     python benchmarks/noise.py --count 32 --model runs/smollm2 --data runs/sums.jsonl \\
         --lora-rank 8 --max-new-tokens 12                          after benchmarks/smollm2.py
 
---count prompts are drawn at random from the training data, and n answers to each. A prompt's
-gradient is g = (1/n) sum_i W_i grad log pi(y_i), in the adapter's D parameters. Reported are, of
-each objective at each k,
+--count prompts are drawn at random from the training data, and n answers to
+each. A prompt's gradient is g = (1/n) sum_i W_i grad log pi(y_i), in the
+adapter's D parameters. Reported for each objective at each k:
 
-    variance    trace of the covariance of g, beside that of rspo's own weights at the same k:
+    variance    trace of the covariance of g, over that of rspo's own weights:
                 so many times more prompts a step needs to be as precise
-    signal      squared length of E[g] over the variance of a step of --prompts prompts
+    signal      squared length of E[g] over the variance of a step of --prompts
 
-with 95 % intervals over prompts (jackknife). The squared length is estimated without bias, from
-pairs of different prompts: a negative estimate means that it cannot be told from 0. All other flags
-are train.py's; --model may be a run directory. Writes --out as JSON.
+with 95 % intervals over prompts (jackknife). The squared length is estimated
+without bias, from pairs of different prompts. A negative estimate means that it
+cannot be told from 0. All other flags are train.py's; --model may be a run
+directory. Writes --out as JSON.
 
 Shapes: P prompts, n answers of each, D parameters.
 """
@@ -62,11 +63,13 @@ def draw(args, count: int):
 def gram_of(model, groups, weights: Tensor, temperature: float) -> Tensor:
     """(P, P) inner products of the prompts' gradients, of rollouts and weights (P, n)."""
     parameters = list(policy.trainable(model).values())
-    gradients = torch.zeros(len(groups), sum(p.numel() for p in parameters))       # (P, D)
+    size = sum(parameter.numel() for parameter in parameters)      # D
+    gradients = torch.zeros(len(groups), size)                     # (P, D)
     for row, group in enumerate(groups):
         if weights[row].any():
-            logprobs, of_sample = policy.token_logprobs(model, group, temperature)  # (N,), (N,)
-            weight = weights[row].to(logprobs)[of_sample]                          # (N,)
+            logprobs, of_sample = policy.token_logprobs(           # (N,), (N,)
+                model, group, temperature)
+            weight = weights[row].to(logprobs)[of_sample]          # (N,)
             loss = rspo.policy_gradient_loss(logprobs, weight, len(group))
             parts = torch.autograd.grad(loss, parameters)
             gradients[row] = torch.cat([part.flatten().float().cpu() for part in parts])
@@ -101,7 +104,7 @@ def measure(model, groups, rewards: Tensor, temperature: float, prompts: int) ->
              if 2 * k <= n and not (name == "groupmax" and (n % k or k == 1))]
     rows, reference = [], None
     for k, name in tqdm(pairs, desc="gradients", leave=False, disable=None):
-        weights = rspo.OBJECTIVES[name](rewards, k)                        # (P, n)
+        weights = rspo.OBJECTIVES[name](rewards, k)                # (P, n)
         signal, variance = moments(gram_of(model, groups, weights, temperature))
         reference = variance if name == own else reference
         rows.append({"k": k, "objective": name,
@@ -121,8 +124,8 @@ def main() -> None:
         raise cli.UserError(f"--count is {own.count}, but must be at least 3")
     model, groups, rewards = draw(args, own.count)
     if not rewards.any():
-        raise cli.UserError("no answer earned a reward, so there is no gradient to measure: take "
-                            "a larger --count or --n, or easier --data")
+        raise cli.UserError("no answer earned a reward, so there is no gradient: take a "
+                            "larger --count or --n, or easier --data")
     rows = measure(model, groups, rewards, args.temperature, args.prompts)
     print(f"{args.model} on {args.data}: {len(groups)} prompts x {args.n} answers, mean reward "
           f"{rewards.mean():.3f}\n")

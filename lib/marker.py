@@ -1,26 +1,24 @@
 r"""When two mathematics answers are equal, and the worker processes that find out.
 
-Lists, points, intervals and equations are taken apart into single values. Where a plain number
-is right, only a plain number will do: not 2+2 for 4, nor 0.33 for 1/3. Words are compared by
-their letters. Other values are read by math-verify's parser and must agree to hundreds of digits.
-A unit may be missing or added, but not exchanged; a percent sign counts. Where a careful human
-would hesitate, it is wrong. Measured by tests/grader_cases.jsonl.
+Lists, points, intervals and equations are taken apart into single values. A
+plain number is answered by a plain number only: not 4 by 2+2. Words are compared
+by letters, other values by math-verify's parser, to hundreds of digits. A unit
+may be missing or added, not exchanged; a percent sign counts. Doubt is wrong.
 """
 
 import json
 import re
 import resource
-import signal
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from signal import ITIMER_PROF, ITIMER_REAL, setitimer
+from subprocess import DEVNULL, PIPE, Popen
 
-LIMIT_S = 5.0  # processor time for one answer; twelve times as much by the clock
+LIMIT_S = 5.0  # of processor time; twelve times as much by the clock
 WORKER_BYTES = 4 << 30  # memory of a worker, on Linux
-LONGEST = 1000  # characters; longer answers are only strings
-# One spelling of commands; the parser takes \gamma for a function.
+# One spelling of commands, then of more; to the parser \gamma is a function.
 COMMANDS = {name: by for names, by in [
     ("left right big Big bigl bigr displaystyle degree °", ""), ("quad qquad", " "),
     ("mbox underline textbf textit textrm mathbf mathit mathrm boldsymbol bm", r"\text"),
@@ -28,12 +26,10 @@ COMMANDS = {name: by for names, by in [
     ("le leq leqslant", "≤"), ("ge geq geqslant", "≥"), ("ne neq", "≠"), ("in approx ∈", "="),
     ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("infty", "∞"), ("lbrace", r"\{"), ("rbrace", r"\}"),
     ("π", r"\pi "), ("√", r"\sqrt "), ("×", r"\times "), ("·", r"\cdot "), ("− –", "-"),
-    ("colon", ":"), ("gamma", r"\varsigma"),
-] for name in names.split()}
+    ("colon", ":"), ("gamma", r"\varsigma")] for name in names.split()}
 NAME = r"(?:[a-zA-Z]|\\text\{\w+\}|\\[a-z]{2,8})(?:\w*|_\{.*?\})(?:\(\w\))?"
 NAMES = rf"{NAME}|\({NAME}(?:,\s*{NAME})+\)"
 UNIT_WORD = r"(?:[a-zA-Z]{4,}|(?:[ckm]m|in|ft|mi|min|kg|lb|[a-z]+/[a-z]+)\b|[aApP]\.?[mM]\b)"
-# The same for more than a word, in this order.
 TIDY = [(re.compile("(?as)" + pattern), by) for pattern, by in [
     (r"(?<=[\d}])\s*\\approx.*", ""),  # 2/3 \approx 0.67
     (r"\\([a-zA-Z]+)|[^\x00-\x7f]", lambda match: COMMANDS.get(match[1] or match[0], match[0])),
@@ -57,9 +53,10 @@ TIDY = [(re.compile("(?as)" + pattern), by) for pattern, by in [
     (rf"\\\{{{NAME}\s*(?:=\s*\\mathbb\{{?R\}}?)?\s*(?:\\mid|:|\|)", r"\\{"),
     (r"^(?:[a-z]\s*≠|\\mathbb\{R\}\s*\\setminus\s*\\\{)([^{},]+?)(?:\\\})?$", r"(-∞,\1)∪(\1,∞)"),
     (r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)?\s*\\end\{\1\}",
-     lambda match: "[(" + re.sub(r"\\\\(?:\[\w+\])?", "),(", match[2].replace("&", ",")) + ")]"),
-]]
-NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+     lambda match: "[(" + re.sub(r"\\\\(?:\[\w+\])?", "),(", match[2].replace("&", ",")) + ")]")]]
+NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+BOX = re.compile(r"(\\boxed\s*\{)|\\boxed\s*([-+]?[0-9](?:[0-9.,/]*[0-9])?)"
+                 r"|(?<!\\)\\[{}]|([{}])")
 PLAIN = re.compile(
     rf"(?a)-?\s*(?:(?:\d+\s*)?\\frac\{{-?{NUMBER}\}}\{{-?{NUMBER}\}}|{NUMBER}(?:/{NUMBER})?"
     r"(?:(?:\s*(?:\\times|\\cdot|\*)\s*10)?\^\{?-?\d{1,4}\}?)?)")
@@ -86,14 +83,13 @@ _own = threading.local()  # a worker for each thread
 def last_boxed(text: str) -> str | None:
     r"""Content of the last closed \boxed{...} or \boxed 5, if any."""
     found, opened = (-1, None), []  # start and content; open braces
-    for match in re.finditer(
-            r"(\\boxed\s*\{)|\\boxed\s*([-+]?[0-9](?:[0-9.,/]*[0-9])?)|(?<!\\)\\[{}]|([{}])", text):
+    for match in BOX.finditer(text):
         if match[1] or match[3] == "{":
-            opened.append((match.start(), match.end()) if match[1] else None)
+            opened.append(match)
         elif match[2]:
             found = match.start(), match[2]
-        elif match[3] and opened and (box := opened.pop()) and box[0] > found[0]:
-            found = box[0], text[box[1]:match.start()].strip()
+        elif match[3] and opened and (box := opened.pop())[1] and box.start() > found[0]:
+            found = box.start(), text[box.end():match.start()].strip()
     return found[1]
 
 
@@ -102,21 +98,21 @@ def judge(text: str, answer: str) -> float:
     boxed = last_boxed(text)
     if not boxed or _squash(boxed) == _squash(answer):
         return float(bool(boxed))
-    return float(len(boxed) <= LONGEST and _same(_tidy(answer), _tidy(boxed)))
+    return float(len(boxed) <= 1000 and _same(_tidy(answer), _tidy(boxed)))
 
 
-def _squash(text: str) -> str:
-    """Without its spaces, but those between digits."""
+def _squash(text):
+    """Without spaces, but those between digits."""
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", " ".join(text.split()))
 
 
-def _tidy(text: str) -> str:
+def _tidy(text):
     for pattern, by in TIDY:
         text = pattern.sub(by, text)
     return _bare(text)
 
 
-def _mask(text: str) -> str:
+def _mask(text):
     """The text with a dot for each character inside brackets."""
     masked, depth = "", 0
     for token in re.findall(r"\\?.", text, re.DOTALL):
@@ -126,17 +122,15 @@ def _mask(text: str) -> str:
     return masked
 
 
-def _split(text: str, at: str = r"[;∪]|,(?!0\d)") -> list[str]:
+def _split(text, at=r"[;∪]|,(?!0\d)"):
     """The non-empty parts between separators outside all brackets."""
-    parts, begin = [], 0
-    for match in re.finditer(at, _mask(text)):
-        parts.append(text[begin:match.start()])
-        begin = match.end()
-    return [part.strip() for part in (*parts, text[begin:]) if part.strip()]
+    cuts = [-1, *(match.start() for match in re.finditer(at, _mask(text))), None]
+    parts = (text[begin + 1:end].strip() for begin, end in zip(cuts, cuts[1:]))
+    return list(filter(None, parts))
 
 
-def _bare(text: str) -> str:
-    r"""Without a full stop, and without {}, \text{} or () around a single value."""
+def _bare(text):
+    r"""Without full stop, and without {}, \text{} or () around one value."""
     text = text.strip().rstrip(".,;: ").removeprefix("=").removeprefix("+").strip()
     around = re.fullmatch(r"((?:\\text)?\{)·*\}|[(\[]·*[)\]]", _mask(text))
     if around and (around[1] or len(_split(text[1:-1])) == 1):
@@ -144,15 +138,15 @@ def _bare(text: str) -> str:
     return text
 
 
-def _answers(text: str) -> list[str]:
-    """The members of a set or list, both signs of a ±, inequalities as intervals."""
+def _answers(text):
+    """Members of a set or list, both signs of a ±, inequalities as intervals."""
     if re.fullmatch(rf"(?:{NAME}\s*=\s*)?\\\{{·*\\\}}", _mask(text)):
         return _answers(text[text.index("\\{") + 2:-2])
     parts = [_bare(part) for part in _split(text)]
     if len(parts) > 1:
         return [answer for part in parts for answer in _answers(part)]
     if re.search("[±∓]", text):
-        return [_bare(text.translate(str.maketrans("±∓", signs))) for signs in ("+-", "-+")]
+        return [_bare(text.replace("±", a).replace("∓", b)) for a, b in ("+-", "-+")]
     sides = re.split(r"\s*([<>≤≥])\s*", "".join(parts))  # 0, ≤, x, <, 5
     if sides[1:2] in ([">"], ["≥"]):
         sides = [side.translate(str.maketrans("<>≤≥", "><≥≤")) for side in sides[::-1]]
@@ -164,28 +158,27 @@ def _answers(text: str) -> list[str]:
     return ["[("[shape[2] == "<"] + f"{shape[1]},{shape[4]}" + "])"[shape[3] == "<"]]
 
 
-def _elements(text: str) -> list[str]:
+def _elements(text):
     """Brackets and elements of a point, interval or matrix, else []."""
-    inner = _split(text[1:-1], "[,;]") if re.fullmatch(r"[(\[]·*[)\]]", _mask(text)) else []
+    inner = re.fullmatch(r"[(\[]·*[)\]]", _mask(text)) and _split(text[1:-1], "[,;]")
     return [text[0] + text[-1], *map(_bare, inner)] if inner else []
 
 
-def _quantity(text: str) -> tuple[str, set[str]]:
+def _quantity(text):
     r"""Value and known units of "5\text{ cm}^2", "\$5" or "5\text{percent}"."""
-    match = UNIT.fullmatch(text)
-    if not match:
+    if not (match := UNIT.fullmatch(text)):
         return text, set()
-    words = [*re.findall("[a-z.]+|[23]", match[4].lower()), *["dollar"] * bool(match[2])]
+    words = re.findall("[a-z.]+|[23]", match[4].lower() + " dollar" * bool(match[2]))
     units = {UNITS.get(word.replace(".", "")) for word in words}
     value = match[1] + match[3].strip()
     return WORDS.get(value.lower(), value), units - {None}
 
 
-def _same(gold: str, given: str) -> bool:
+def _same(gold, given):
     """Whether two tidied answers are equal; lists in any order."""
     (value, unit), (other, its) = _quantity(gold), _quantity(given)
     units_fit = "percent" not in unit ^ its and (not unit or not its or (
-        not (unit ^ its) & {"2", "3"} and (unit <= its or its <= unit)))  # cents, cents per ounce
+        not (unit ^ its) & {"2", "3"} and (unit <= its or its <= unit)))
     plain, other_plain = PLAIN.fullmatch(value), PLAIN.fullmatch(other)
     if _squash(gold) == _squash(given) or (
             plain and other_plain and units_fit and _agree(value, other)):
@@ -205,9 +198,8 @@ def _same(gold: str, given: str) -> bool:
         return bool(golds and givens) and all(_same(golds[0], part) for part in givens)
     left, right = _split(gold, "="), _split(given, "=")
     if len(left) + len(right) > 2:
-        same_name = _squash(left[0]) == _squash(right[0])
         named = re.fullmatch(NAMES, left[0]) and not LETTERS.fullmatch(left[-1])
-        if len(left) == 1 or same_name or named and len(right) == 1:
+        if len(left) == 1 or _squash(left[0]) == _squash(right[0]) or named and len(right) == 1:
             return _same(left[-1], right[-1])
         return len(left) == len(right) == 2 and _agree(
             *("({})-({})".format(*sides) for sides in (left, right)), scaled=True)
@@ -217,13 +209,13 @@ def _same(gold: str, given: str) -> bool:
     if not units_fit or plain and "^" not in value and not other_plain:
         return False
     if LETTERS.fullmatch(value) or LETTERS.fullmatch(other):
-        gold, given = (re.sub(r"^an?\s|\\text|[\s.{}()]", "", text) for text in (value, other))
-        return gold.lower() == given.lower()
+        bare = [re.sub(r"^an?\s|\\text|[\s.{}()]", "", text) for text in (value, other)]
+        return bare[0].lower() == bare[1].lower()
     return _agree(value, other)
 
 
-def _agree(gold: str, given: str, scaled: bool = False) -> bool:
-    """Whether two expressions are equal, or if scaled but for a factor, at many points."""
+def _agree(gold, given, scaled=False):
+    """Whether expressions agree at many points; if scaled, but for a factor."""
     from sympy import Rational
     one, other = _parsed(gold), _parsed(given)
     if not one.free_symbols and re.search(WORK, given) and not re.search(WORK, gold):
@@ -233,8 +225,7 @@ def _agree(gold: str, given: str, scaled: bool = False) -> bool:
         ((4 * k + 7) * i + 8 * k) % 29 * 13 + (i < 20) * (k + 1), 13)
         for k, name in enumerate(names)} for i in range(49 + len(names))]
     if scaled:
-        one = one / other
-        other = one.xreplace(points[0])
+        one, other = one / other, (one / other).xreplace(points[0])
     for i, point in enumerate(points if names else [{}]):
         at = one.xreplace(point).doit(), other.xreplace(point).doit()
         difference = (at[0] - at[1]).evalf(5, maxn=300 if names else 2000)
@@ -246,39 +237,42 @@ def _agree(gold: str, given: str, scaled: bool = False) -> bool:
 
 
 @lru_cache(4096)
-def _parsed(text: str):
-    """The sympy expression, with decimals as fractions; nan if unreadable."""
+def _parsed(text):
+    """A sympy expression, decimals as fractions; nan if unreadable."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from sympy import Expr, I, Symbol, nan
     exact = lambda match: rf"(\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}})"
-    plain = re.sub(r"(\d*)\.(\d+)", exact, re.sub(r",(?=\d{3})", "", text), flags=re.ASCII)
+    plain = re.sub(r"(?a)(\d*)\.(\d+)", exact, re.sub(r",(?=\d{3})", "", text))
     plain = re.sub("E(?![a-z])", r"\\varrho ", plain)  # it knows no variable E
     config = ConversionConfig(lowercase_symbols=False)
     try:
         found = nan if re.search(TOO_HARD, text) else latex2sympy(
             plain, is_real=True, normalization_config=None, conversion_config=config)
-    except Exception:  # of many kinds
+    except Exception:  # many kinds
         return nan
     return found.xreplace({Symbol("i", real=True): I}) if isinstance(found, Expr) else nan
 
 
 def mark(pairs: list[tuple[str, str]]) -> list[float | None]:
-    """Rewards of (response, gold) pairs; None where a worker hung, swelled or died."""
-    return list(_threads.map(_ask, pairs))
+    """Rewards of (response, gold) pairs; None where workers hung, swelled or died."""
+    values = dict(zip(pairs, _threads.map(_ask, pairs)))
+    for pair, value in values.items():
+        if value is None:  # once more, alone and with a longer limit
+            values[pair] = _threads.submit(_ask, pair, 4).result()
+    return [values[pair] for pair in pairs]
 
 
-def _ask(pair: tuple[str, str]) -> float | None:
+def _ask(pair, times=1):
     worker = getattr(_own, "worker", None)
     if worker is None or worker.poll() is not None:
-        worker = subprocess.Popen(
-            [sys.executable, "-P", __file__], text=True, encoding="utf-8",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True)  # Ctrl-C is not for workers
+        worker = Popen([sys.executable, "-P", __file__], text=True, encoding="utf-8",
+                       stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+                       start_new_session=True)  # Ctrl-C is not for workers
         if worker.stdout.readline() != "ready\n":
             raise RuntimeError("marking did not start; is math-verify installed?")
         _own.worker = worker
     try:
-        worker.stdin.write(json.dumps(pair) + "\n")
+        worker.stdin.write(json.dumps([*pair, times * LIMIT_S]) + "\n")
         worker.stdin.flush()
         return float(worker.stdout.readline())
     except (OSError, ValueError):  # it died
@@ -286,23 +280,24 @@ def _ask(pair: tuple[str, str]) -> float | None:
         return None
 
 
-def _work() -> None:
-    """Judge the lines of standard input, until it closes with our parent."""
-    import latex2sympy2_extended  # noqa: F401  (no answer is charged for it)
+def _work():
+    """Judge the lines of standard input until it closes."""
+    import latex2sympy2_extended  # noqa: F401  (charged to no answer)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    replies, sys.stdout = sys.stdout, sys.stderr  # no library prints to the pipe
+    replies, sys.stdout = sys.stdout, sys.stderr  # no library prints there
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # either ends the process
-        signal.setitimer(signal.ITIMER_REAL, 12 * LIMIT_S)
+        *pair, limit = json.loads(line)
+        setitimer(ITIMER_PROF, limit)  # either ends the process
+        setitimer(ITIMER_REAL, 12 * limit)
         try:
-            value = judge(*json.loads(line))
+            value = judge(*pair)
         except MemoryError:
             raise  # it swelled
-        except Exception:  # what cannot be read is wrong
+        except Exception:  # unreadable is wrong
             value = 0.0
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        setitimer(ITIMER_REAL, 0)
         print(value, file=replies, flush=True)
 
 

@@ -692,7 +692,7 @@ def test_a_worker_that_hangs_ends_without_its_parent():
     worker = subprocess.Popen([sys.executable, "-P", marker.__file__], text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert worker.stdout.readline() == "ready\n"
-    hangs = [r"\boxed{(((9^{9999})^{9999})^{9999})\pi}", r"\pi"]
+    hangs = [r"\boxed{(((9^{9999})^{9999})^{9999})\pi}", r"\pi", 1.0]  # and the limit
     worker.stdin.write(json.dumps(hangs) + "\n")
     worker.stdin.close()  # all that is left of a parent that was killed
     assert worker.wait(100) == -signal.SIGPROF

@@ -25,7 +25,9 @@ def test_the_inner_products_are_those_of_plain_autograd(tmp_path):
         parts = torch.autograd.grad(loss, policy.trainable(model).values())
         gradients.append(torch.cat([part.flatten() for part in parts]).double())
     gradients = torch.stack(gradients)
-    torch.testing.assert_close(found, gradients @ gradients.T, rtol=1e-4, atol=1e-8)
+    # products of nearly orthogonal gradients are small beside the terms that they are sums of
+    atol = 1e-6 * found.diag().max().item()
+    torch.testing.assert_close(found, gradients @ gradients.T, rtol=1e-4, atol=atol)
     signal, variance = noise.moments(found)
     mean = gradients.mean(0)
     trace = (gradients - mean).square().sum() / 4

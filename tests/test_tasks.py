@@ -360,7 +360,8 @@ def test_all_are_graded_by_their_task_and_cut_off_answers_earn_nothing():
         tasks.grade_all(problems, groups[:2])
 
 
-def test_a_hanging_answer_costs_one_limit_is_counted_and_harms_no_other():
+def test_a_hanging_answer_is_counted_and_harms_no_other(monkeypatch):
+    monkeypatch.setattr(marker, "LIMIT_S", 0.4)
     problems = [Problem("a", "?", r"\pi"), GAME, Problem("b", "?", "0.5")]
     right, game = r"\boxed{\frac12}", "3"
     groups = [answers(HANGS, r"\boxed{\pi}"), answers(game, game), answers(right, "wrong", right)]

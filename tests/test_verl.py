@@ -8,6 +8,7 @@ included. Skipped where verl is missing (`make test-integrations`).
 
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -25,6 +26,7 @@ pytest.importorskip("verl", reason="verl is not installed; make test-integration
 from hydra import compose, initialize_config_module
 from verl import DataProto
 from verl.trainer.config import AlgoConfig
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import (ADV_ESTIMATOR_REGISTRY, compute_policy_loss_vanilla,
                                          get_adv_estimator_fn)
 from verl.trainer.ppo.ray_trainer import compute_advantage
@@ -38,6 +40,11 @@ from lib.cli import UserError
 
 PROMPTS, N, TOKENS = 5, 8, 6
 NAMES = ["rspo_groupmax", "rspo_loo", "rspo_maxk", "rspo_passk"]
+# what differs from verl's defaults, so that the gradient is RSPO's
+CORRECTION, ACTOR = "algorithm.rollout_correction.", "actor_rollout_ref.actor."
+SOUND = ["algorithm.adv_estimator=rspo_passk", CORRECTION + "rollout_is=token",
+         ACTOR + "loss_agg_mode=seq-mean-token-sum", ACTOR + "ppo_mini_batch_size=128",
+         "data.train_batch_size=128"]
 
 
 def composed(*overrides: str):
@@ -48,7 +55,7 @@ def composed(*overrides: str):
 
 
 def algorithm(*overrides: str):
-    return composed("algorithm.adv_estimator=rspo_passk", *overrides).algorithm
+    return composed(*SOUND, *overrides).algorithm
 
 
 def batch(binary: bool, seed: int = 0, n: int = N):
@@ -173,8 +180,8 @@ def test_a_seed_repeats_the_groups_and_weights_are_rspos():
             assert weight == 2 * row[weights == weight].max()
 
 
-def test_verls_loss_on_these_advantages_has_our_gradient():
-    """seq-mean-token-sum, on-policy: by each token's log-probability, it is our loss's."""
+def gradients(mode):
+    """(B, T) of verl's loss in a mode and of ours, by the log-probabilities; lengths (B,)."""
     data, rewards, place = batch(True)
     compute_advantage(data, "rspo_passk", config=algorithm("+algorithm.rspo_k=4"))
     mask = data.batch["response_mask"]
@@ -183,18 +190,38 @@ def test_verls_loss_on_these_advantages_has_our_gradient():
     logprobs = torch.randn(len(data), TOKENS, requires_grad=True)
     old = logprobs.detach().clone()
     loss, _ = compute_policy_loss_vanilla(old, logprobs, data.batch["advantages"], mask,
-                                          "seq-mean-token-sum", actor)
+                                          mode, actor)
     loss.backward()
     mine = old.clone().requires_grad_()
     weights = torch.empty(len(data), dtype=torch.float64)
     weights[torch.from_numpy(place)] = rspo.pass_at_k_weights(rewards, 4)
     rows = mask.bool().nonzero()[:, 0]
     rspo.policy_gradient_loss(mine[mask.bool()], weights.float()[rows], len(data)).backward()
-    assert torch.allclose(logprobs.grad, mine.grad, atol=1e-7) and mine.grad.abs().sum() > 0
+    assert mine.grad.abs().sum() > 0
+    return logprobs.grad, mine.grad, mask.sum(1)
+
+
+def test_verls_loss_on_these_advantages_has_our_gradient():
+    """seq-mean-token-sum, on-policy: by each token's log-probability, it is our loss's."""
+    theirs, ours, _ = gradients("seq-mean-token-sum")
+    assert torch.allclose(theirs, ours, atol=1e-7)
+
+
+def test_what_the_other_modes_do_is_what_the_text_says():
+    """On one batch: three rescale the gradient, one turns it towards short answers."""
+    _, ours, lengths = gradients("token-mean")
+    samples, tokens = len(lengths), lengths.sum()
+    for mode, scale in (("token-mean", samples / tokens), ("token-sum", samples),
+                        ("seq-mean-token-sum-norm", 1 / TOKENS)):
+        assert torch.allclose(gradients(mode)[0], scale * ours, atol=1e-6), mode
+    turned = gradients("seq-mean-token-mean")[0]
+    assert torch.allclose(turned, ours / lengths[:, None], atol=1e-7)
+    assert torch.cosine_similarity(turned.flatten(), ours.flatten(), dim=0) < 0.99
 
 
 def test_a_plain_algorithm_config_works_too():
-    config = AlgoConfig(adv_estimator="rspo_passk")
+    correction = RolloutCorrectionConfig.decoupled_token_is()
+    config = AlgoConfig(adv_estimator="rspo_passk", rollout_correction=correction)
     config.rspo_k = 4
     data, rewards, place = batch(True)
     result = of_samples(compute_advantage(data, "rspo_passk", config=config), place)
@@ -211,16 +238,52 @@ def test_a_plain_algorithm_config_works_too():
     ("passk", ["+algorithm.rspo_k=2.5"], "k is 2.5, but must be a whole number"),
     ("loo", ["+algorithm.rspo_k=8"], "leave-one-out needs k <= n - 1"),
     ("passk", ["+algorithm.rspo_k=4", "+algorithm.rspo_baseline=loo"],
-     "algorithm.rspo_baseline is no setting"),
+     "algorithm.rspo_baseline is 'loo', but must be None: take adv_estimator=rspo_loo"),
     ("passk", ["+algorithm.rspo_k=4", "algorithm.use_kl_in_reward=True"],
      "algorithm.use_kl_in_reward is True"),
-    ("passk", ["+algorithm.rspo_k=4", "algorithm.rollout_correction.rollout_rs=seq_mean_k1"],
+    ("passk", ["+algorithm.rspo_k=4", CORRECTION + "rollout_rs=seq_mean_k1"],
      "rollout_rs is 'seq_mean_k1'"),
+    *[("passk", ["+algorithm.rspo_k=4", override], sentence) for override, sentence in [
+        (CORRECTION + "rollout_is=sequence", "rollout_is is 'sequence', but must be 'token'"),
+        (CORRECTION + "rollout_is=null", "rollout_is is None, but must be 'token'"),
+        (CORRECTION + "rollout_is_threshold=0.5_2.0",
+         "rollout_is_threshold is '0.5_2.0', but must be one number"),
+        (CORRECTION + "rollout_is_batch_normalize=True",
+         "rollout_is_batch_normalize is True, but must be False"),
+        (CORRECTION + "bypass_mode=True", "bypass_mode is True, but must be False"),
+        (ACTOR + "loss_agg_mode=token-mean",
+         "loss_agg_mode is 'token-mean', but must be 'seq-mean-token-sum'"),
+        (ACTOR + "loss_agg_mode=seq-mean-token-mean", "loss_agg_mode is 'seq-mean-token-mean'"),
+        (ACTOR + "policy_loss.loss_mode=gspo", "loss_mode is 'gspo', but must be 'vanilla'"),
+        (ACTOR + "ppo_epochs=2", "ppo_epochs is 2, but must be 1"),
+        (ACTOR + "ppo_mini_batch_size=64",
+         "ppo_mini_batch_size is 64, but must be data.train_batch_size (128)"),
+        ("actor_rollout_ref.rollout.top_p=0.9", "top_p is 0.9, but must be 1"),
+        ("actor_rollout_ref.rollout.top_k=50", "top_k is 50, but must be -1")]],
+    *[(objective, [f"+algorithm.rspo_k={k}", "algorithm.filter_groups.enable=True"],
+       f"filter_groups is on, but rspo_{objective} at k = {k} learns from the groups")
+      for objective, k in [("passk", 1), ("maxk", 1), ("groupmax", 2)]],
     ("groupmax", ["+algorithm.rspo_k=3"],
      "n is 8, but the group maximum needs n divisible by k = 3")])
 def test_bad_settings_are_refused(objective, overrides, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
         compute_advantage(batch(True)[0], f"rspo_{objective}", config=algorithm(*overrides))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("objective, k", [("passk", 2), ("maxk", 2), ("loo", 1), ("loo", 3)])
+def test_groups_may_be_filtered_where_they_have_no_weight(objective, k):
+    config = algorithm(f"+algorithm.rspo_k={k}", "algorithm.filter_groups.enable=True")
+    data, rewards, place = batch(True)
+    result = of_samples(compute_advantage(data, f"rspo_{objective}", config=config), place)
+    equal = (rewards == rewards[:, :1]).all(1)
+    assert equal.any() and not result[equal].any()
+
+
+def test_the_settings_are_seen_after_the_configuration_was_sent_to_another_process():
+    sent = pickle.loads(pickle.dumps(composed(*SOUND[:2], "+algorithm.rspo_k=4")))
+    with pytest.raises(ValueError, match="loss_agg_mode is 'token-mean'"):
+        compute_advantage(batch(True)[0], "rspo_passk", config=sent.algorithm)
 
 
 def test_bad_groups_and_rewards_are_refused():
