@@ -180,10 +180,11 @@ def test_the_same_seed_gives_the_same_rollouts_and_another_gives_others(sampler_
 def test_each_block_of_problems_has_its_own_seeds_and_can_be_the_first(sampler_of, monkeypatch):
     monkeypatch.setattr(HFSampler, "block", 2)
     problems = [SimpleNamespace(prompt_ids=(4, 5, 6))] * 5
-    blocks = list(sample.sample_blocks(sampler_of(), problems, 3, 0, ""))
+    blocks = list(sample.sample_blocks(sampler_of(), problems, 3, (0, "test"), ""))
     assert [len(block) for block in blocks] == [2, 2, 1]
     assert len({tuple(ids_of(block)[:3]) for block in blocks}) == 3
-    assert list(sample.sample_blocks(sampler_of(), problems, 3, 0, "", start=2)) == blocks[1:]
+    again = sample.sample_blocks(sampler_of(), problems, 3, (0, "test"), "", start=2)
+    assert list(again) == blocks[1:]
 
 
 SAYS = "{% for m in messages %}{{ m.content }}"
@@ -224,7 +225,8 @@ def test_the_script_writes_what_evaluate_reads(tmp_path, capsys):
     row = json.loads(out.read_text().splitlines()[0])
     sampler = HFSampler(model, tokenizer, [1], 0.8, row["max_new_tokens"])
     encoded = tasks.encode(problems, tokenizer, model.config, row["max_new_tokens"])
-    expected = sampler.generate([p.prompt_ids for p in encoded], 6, seed=3)
+    seed = sample.stream(3, "sample", data, 0)
+    expected = sampler.generate([p.prompt_ids for p in encoded], 6, seed)
     assert [[(a.text, a.finished, a.tokens) for a in group] for group in groups] == [
         [(r.text, r.finished, len(r.completion_ids)) for r in group] for group in expected]
     assert row["data"] == data and data.endswith(":test")
