@@ -273,9 +273,13 @@ def open_sampler(args, problems: list):
     return sampler, problems
 
 
+def digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def stream(*place) -> int:
     """Seed of what is drawn at one place (the run's seed, purpose, step, ...)."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:7])
+    return int(digest(*place)[:14], 16)
 
 
 def sample_blocks(sampler, problems: list, n: int, place: tuple, label: str, start=0):
@@ -295,67 +299,84 @@ def settle(args) -> None:
     own = run.flags_of(args.model)
     data = own.get("eval_data", "countdown:test" if toy else "math500")
     cli.settle(args, SETTINGS, toy, {**own, "n": 64, "data": data})
-    args.sampler = pick_sampler(args.sampler)
+    args.sampler, args.dtype = pick_sampler(args.sampler), policy.pick_dtype(args.dtype)
 
 
-def settings_of(args, data: str) -> dict:
-    """All that decides which answers are drawn: in every row of a samples file."""
+def fingerprint(problem) -> str:
+    """Digest of what a problem asks and what is right."""
+    return digest(problem.id, problem.question, problem.prompt, problem.answer,
+                  problem.level, problem.task)[:16]
+
+
+def weights_of(base: str, adapter: Path | None) -> str:
+    """Digest of a model's files: a checkpoint's checksums, else sizes and times."""
+    known = [] if Path(base).is_dir() else [base]
+    for folder in filter(None, (Path(base), adapter)):
+        files = [path for path in folder.glob("*")
+                 if path.suffix in (".safetensors", ".json", ".jinja")]
+        if folder / "state.json" in files:
+            known.append((folder / "state.json").read_text())
+        else:
+            known += sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns)
+                            for path in files)
+    return digest(known)[:16]
+
+
+def heads_of(args, data: str, problems: list) -> list[dict]:
+    """Each row of a samples file without its answers: all that decides them."""
     base, adapter = run.resolve_model(args.model)
-    weights = Path(adapter or base).glob("*.safetensors")
-    times = [path.stat().st_mtime_ns for path in weights]
-    return {**{name: getattr(args, name) for name in SAMPLING}, "data": data,
-            "checkpoint": adapter and adapter.name, "weights_of": max(times, default=None)}
+    settings = {name: getattr(args, name) for name in SAMPLING} | {
+        "data": data, "checkpoint": adapter and adapter.name,
+        "weights": weights_of(base, adapter)}
+    return [{**settings, "id": p.id, "task": p.task, "problem": p.question,
+             "answer": p.answer, "digest": fingerprint(p)} for p in problems]
 
 
-def rows_done(path: Path, settings: dict) -> int:
-    """Whole rows in a samples file. UserError if it was made with other settings."""
+def rows_done(path: Path, heads: list[dict]) -> int:
+    """Whole rows in a samples file. UserError unless each is as it must be."""
     rows = cli.read_rows(path, appended=True) if path.exists() else []
     begun = path.read_bytes() if path.exists() and not rows else b""
-    if begun and not begun.startswith(b'{"id": '):
+    if begun and not begun.startswith(b'{"data": '):
         cli.fail(f"{path} is not a file of sample.py; move it away")
-    for _, row in rows:
-        for name, value in settings.items():
+    for (number, row), head in zip(rows, heads):
+        for name, value in head.items():
             if row.get(name) != value:
-                cli.fail(f"{path} was made with {name} = {row.get(name)!r}, not "
-                         f"{value!r}: give another --out or move it away")
+                cli.fail(f"{path} was made with {name} = {row.get(name)!r}, not {value!r} "
+                         f"(line {number}): give another --out or move it away")
+    if len(rows) > len(heads):
+        cli.fail(f"{path} has {len(rows)} rows, not {len(heads)}: move it away")
     return len(rows)
 
 
-def sample_files(args, jobs: dict[Path, str]) -> None:
-    """Have n answers to each problem in a file per data set; whole files stay."""
-    missing, problems = [], []
-    for path, data in jobs.items():
-        settings, asked = settings_of(args, data), tasks.load_problems(data, args.limit)
-        if rows_done(path, settings) < len(asked):
-            missing.append((path, settings, len(asked)))
-            problems += asked
-        else:
+def sample_files(args, jobs: dict[Path, tuple[list, list[dict]]]) -> None:
+    """Have answers to (problems, heads) in each file; whole files stay as they are."""
+    for path, (problems, heads) in jobs.items():
+        if rows_done(path, heads) == len(heads):
             print(f"{path} is complete: not sampled again (delete it to do so)")
-    if missing:
-        sampler, problems = open_sampler(args, problems)
-    for path, settings, count in missing:
-        sample_to_file(path, settings, problems[:count], sampler)
-        problems = problems[count:]
+    jobs = {path: job for path, job in jobs.items() if rows_done(path, job[1]) < len(job[1])}
+    if jobs:
+        sampler, problems = open_sampler(args, [p for asked, _ in jobs.values() for p in asked])
+    for path, (_, heads) in jobs.items():
+        sample_to_file(path, heads, problems[:len(heads)], sampler)
+        problems = problems[len(heads):]
 
 
-def sample_to_file(path: Path, settings: dict, problems: list, sampler) -> None:
+def sample_to_file(path: Path, heads: list[dict], problems: list, sampler) -> None:
     """Append the missing rows; a block that was interrupted is made again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     with run.lock(path, f"{path} is in use by another process: give another --out"):
-        done = rows_done(path, settings)
-        done -= done % sampler.block if done < len(problems) else 0
+        done, own = rows_done(path, heads), heads[0]
+        done -= done % sampler.block if done < len(heads) else 0
         lines = path.read_bytes().split(b"\n")[:done]
         os.truncate(path, sum(len(line) + 1 for line in lines))
-        label = f"sampling {settings['model']} on {settings['data']}"
-        place = settings["seed"], "sample", settings["data"]
-        blocks = sample_blocks(sampler, problems, settings["n"], place, label, done)
-        for p, group in zip(problems[done:], itertools.chain.from_iterable(blocks)):
+        label = f"sampling {own['model']} on {own['data']}"
+        place = own["seed"], "sample", own["data"]
+        blocks = sample_blocks(sampler, problems, own["n"], place, label, done)
+        for head, group in zip(heads[done:], itertools.chain.from_iterable(blocks)):
             answers = [{"text": r.text, "finished": r.finished,
                         "tokens": len(r.completion_ids)} for r in group]
-            cli.write_rows(path, [
-                {"id": p.id, "task": p.task, "problem": p.question,
-                 "answer": p.answer, **settings, "answers": answers}])
+            cli.write_rows(path, [{**head, "answers": answers}])
 
 
 def ask(args) -> None:
@@ -384,7 +405,8 @@ def main(argv: list[str] | None = None) -> None:
     settle(args)
     if args.ask is not None:
         return ask(args)
-    sample_files(args, {args.out: args.data})
+    problems = tasks.load_problems(args.data, args.limit)
+    sample_files(args, {args.out: (problems, heads_of(args, args.data, problems))})
     print(f"next: python evaluate.py --model {args.out}")
 
 

@@ -219,8 +219,10 @@ def test_the_script_writes_what_evaluate_reads(tmp_path, capsys):
     out = tmp_path / "s.jsonl"
     script("--n", 6, "--limit", 5, "--temperature", 0.8, "--seed", 3, "--out", out)
     assert f"python evaluate.py --model {out}" in capsys.readouterr().out
-    problems, groups, data = evaluate.read_samples(out)
+    problems, groups, settings, digests = evaluate.read_samples(out)
+    data = settings["data"]
     assert problems == tasks.load_problems(data, 5)
+    assert digests == [sample.fingerprint(p) for p in problems]
     model, tokenizer = policy.load_model(str(run.TOY))
     row = json.loads(out.read_text().splitlines()[0])
     sampler = HFSampler(model, tokenizer, [1], 0.8, row["max_new_tokens"])
@@ -238,7 +240,7 @@ def test_answers_with_odd_line_ends_are_read_back(tmp_path):
     answers = [{"text": text, "finished": True, "tokens": 1} for text in texts]
     row = {"id": "i", "task": "math", "problem": "p\u2029q", "answer": "1", "data": "d"}
     cli.write_rows(tmp_path / "s.jsonl", [row | {"answers": answers}])
-    [problem], [group], _ = evaluate.read_samples(tmp_path / "s.jsonl")
+    [problem], [group], *_ = evaluate.read_samples(tmp_path / "s.jsonl")
     assert problem == tasks.Problem("i", "p\u2029q", "1")
     assert [answer.text for answer in group] == texts
 
@@ -256,7 +258,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content, said):
 
 
 @pytest.mark.parametrize("lines, rest", [
-    (0, '{"id": "countd'), (1, ""), (3, '{"id": "coun'), (4, ""), (5, "")])
+    (0, '{"data": "countd'), (1, ""), (3, '{"data": "coun'), (4, ""), (5, "")])
 def test_an_interrupted_file_is_continued_to_the_same_bytes(monkeypatch, tmp_path, lines, rest):
     monkeypatch.setattr(HFSampler, "block", 2)
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
