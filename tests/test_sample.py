@@ -25,6 +25,7 @@ from test_policy import ARCHITECTURES, save_model, with_adapter
 
 import evaluate
 import sample
+import train
 from lib import cli, policy, run, tasks
 from lib.cli import UserError
 from sample import HFSampler, Rollout
@@ -185,6 +186,63 @@ def test_each_block_of_problems_has_its_own_seeds_and_can_be_the_first(sampler_o
     assert len({tuple(ids_of(block)[:3]) for block in blocks}) == 3
     again = sample.sample_blocks(sampler_of(), problems, 3, (0, "test"), "", start=2)
     assert list(again) == blocks[1:]
+
+
+def recording_vllm(model, tokenizer, taken):
+    """vLLM's part that VLLMSampler speaks to. It notes the seed of each answer, as vLLM draws it
+    (request seed + index), and lets the plain sampler answer."""
+    own = HFSampler(model, tokenizer, [1], 1.0, 12)
+
+    def generate(asked, settings, lora_request, use_tqdm):
+        results = []
+        for prompt, each in zip(asked, settings, strict=True):
+            taken.extend(each["seed"] + j for j in range(each["n"]))
+            [group] = own.generate([prompt["prompt_token_ids"]], each["n"], each["seed"])
+            results.append(SimpleNamespace(outputs=[
+                SimpleNamespace(index=j, token_ids=r.completion_ids,
+                                logprobs=SimpleNamespace(logprobs=r.logprobs))
+                for j, r in enumerate(group)]))
+        return results
+
+    engine = SimpleNamespace(remove_lora=lambda _: None)
+    return SimpleNamespace(generate=generate, llm_engine=engine)
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_no_two_samples_share_a_random_stream(monkeypatch, tmp_path, kind):
+    """Over steps, problems, blocks of evaluations, seeds 31 and 32, and sample.py's own."""
+    taken, calls = [], []
+    fake = SimpleNamespace(SamplingParams=dict, TokensPrompt=dict, LLM=None, __version__="0")
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(
+        LoRARequest=lambda name, number, path: SimpleNamespace(lora_int_id=number)))
+    monkeypatch.setattr(sample, "pick_sampler", lambda _: kind)
+    monkeypatch.setattr(HFSampler, "block", 3)
+    monkeypatch.setattr(sample.VLLMSampler, "block", 3)
+
+    def make(args, model, tokenizer, problems, folder, gpu_memory):
+        if kind == "hf":
+            return HFSampler(model, tokenizer, [1], 1.0, 12)
+        fake.LLM = lambda base, **settings: recording_vllm(model, tokenizer, taken)
+        return sample.VLLMSampler(str(run.TOY), tokenizer, [1], 1.0, 12, dtype="float32", rank=8,
+                                  context=32, gpu_memory=0.5, folder=folder)
+
+    def generate(self, prompts, n, seed):
+        calls.append(seed % 2**32)  # a generator on the CPU keeps no more of its seed
+        return original(self, prompts, n, seed)
+    monkeypatch.setattr(sample, "make_sampler", make)
+    original = HFSampler.generate
+    if kind == "hf":
+        monkeypatch.setattr(HFSampler, "generate", generate)
+    for seed in (31, 32):
+        flags = ["--seed", str(seed), "--limit", "7"]
+        train.main([*flags, "--steps", "3", "--prompts", "4", "--n", "6", "--eval-n", "5",
+                    "--eval-every", "1", "--run", str(tmp_path / str(seed))])
+        script(*flags, "--n", 5, "--out", tmp_path / f"{seed}.jsonl")
+    drawn = calls if kind == "hf" else taken
+    assert len(drawn) == (2 * (3 + 4 * 3 + 3) if kind == "hf" else 2 * (3 * 24 + 5 * 35))
+    assert len(set(drawn)) == len(drawn)
 
 
 SAYS = "{% for m in messages %}{{ m.content }}"
