@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import NamedTuple
@@ -95,18 +96,14 @@ def check_ks(ks: tuple[int, ...], n: int, name: str) -> None:
 def make_curve(name: str, problems: list[Problem], rewards: list[list[float]],
                ks: tuple[int, ...] | None = None) -> Curve:
     """Curve of rewards [M][n] at ks (default: powers of two up to n)."""
-    lengths = set(map(len, rewards))
-    ks = ks or powers_of_two(min(lengths))
-    check_ks(ks, min(lengths), name)
+    n = min(map(len, rewards))
+    ks = ks or powers_of_two(n)
+    check_ks(ks, n, name)
     graded = any(p.graded for p in problems)
     estimate = rspo.max_at_k if graded else rspo.pass_at_k
-    at_ks = lambda rewards: torch.stack([estimate(rewards, k) for k in ks], -1)
-    if len(lengths) == 1:
-        values = at_ks(rewards)  # (M, K)
-    else:
-        values = torch.stack([at_ks(each) for each in rewards])  # (M, K)
+    values = [torch.stack([estimate(row, k) for k in ks]) for row in rewards]
     ids = tuple(p.id for p in problems)
-    return Curve(name, "max" if graded else "pass", ks, values, ids)
+    return Curve(name, "max" if graded else "pass", ks, torch.stack(values), ids)
 
 
 def describe_answers(groups: list[list[Answer]], rewards) -> dict[str, Tensor]:
@@ -114,8 +111,8 @@ def describe_answers(groups: list[list[Answer]], rewards) -> dict[str, Tensor]:
     n = min(map(len, groups))
     columns = {
         f"maj@{n}": [majority(group[:n], row) for group, row in zip(groups, rewards)],
-        "tokens": [fmean(answer.tokens for answer in group) for group in groups],
-        "cut off": [fmean(not answer.finished for answer in group) for group in groups]}
+        "tokens": [fmean(each.tokens for each in group) for group in groups],
+        "cut off": [fmean(not each.finished for each in group) for group in groups]}
     return {name: torch.tensor(values).double() for name, values in columns.items()}
 
 
@@ -156,9 +153,10 @@ def level(metric: str, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not metric.startswith(SHARES):
         mean, half = interval(values)
         return mean, mean - half, mean + half
-    two = torch.zeros_like(values[..., :1, :]), torch.ones_like(values[..., :1, :])
-    middle, half = interval(torch.cat([values, *two], -2))
-    return values.flatten(0, -2).mean(0), (middle - half).clamp(min=0), (middle + half).clamp(max=1)
+    never = torch.zeros_like(values[..., :1, :])
+    middle, half = interval(torch.cat([values, never, never + 1], -2))
+    low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=1)
+    return values.flatten(0, -2).mean(0), low, high
 
 
 def student(freedom: float) -> float:
@@ -188,19 +186,20 @@ def summary(curves: list[Curve]) -> list[dict]:
     rows = []
     for curve in curves:
         first = next(other for other in curves if other.data == curve.data)
-        own = {f"{curve.metric}@{k}": curve.values[..., [i]] for i, k in enumerate(curve.ks)}
+        own = {f"{curve.metric}@{k}": curve.values[..., [i]]
+               for i, k in enumerate(curve.ks)}
         own |= {name: values[:, None] for name, values in curve.more.items()}
         found = [("", metric, *level(metric, values)) for metric, values in own.items()]
         if curve is not first and (change := difference(curve, first)):
             found += [(first.name, f"{curve.metric}@{k}", mean, mean - half, mean + half)
                       for k, mean, half in zip(*change)]
-        shared = len({*curve.problems} & {*first.problems})
-        for minus, metric, mean, low, high in found:
+        for minus, metric, *ends in found:
+            problems = {*curve.problems} & {*(first if minus else curve).problems}
+            numbers = dict(zip(("mean", "low_95", "high_95"), map(float, ends)))
             rows.append({
-                "data": curve.data, "model": curve.name, "minus": minus, "metric": metric,
-                "mean": mean.item(), "low_95": low.item(), "high_95": high.item(),
-                "problems": shared if minus else len(curve.problems),
-                "grader_failures": curve.failures + (first.failures if minus else 0)})
+                "data": curve.data, "model": curve.name, "minus": minus,
+                "metric": metric, **numbers, "problems": len(problems),
+                "grader_failures": curve.failures + first.failures * bool(minus)})
     return rows
 
 
@@ -208,24 +207,26 @@ def table(curves: list[Curve]) -> str:
     """Text of at most 100 columns: per data set a line per curve, its change below."""
     rows, lines = summary(curves), []
     for data in dict.fromkeys(row["data"] for row in rows):
-        found: dict[tuple, dict[str, str]] = {}  # its label ("") and cells by metric
+        found = {}  # of each line its label, under "", and its cells by metric
         for row in (row for row in rows if row["data"] == data):
-            key = row["model"], row["minus"]
-            found.setdefault(key, {"": label(row)})[row["metric"]] = cell(row)
-        _, *metrics = dict.fromkeys(name for cells in found.values() for name in cells)
-        grid = [{"": shorten(data)} | {name: f"{name} " for name in metrics}, *found.values()]
-        width = max(len(cells[""]) for cells in grid)
-        wide = 2 + max(len(cells.get(name, "")) for cells in grid for name in metrics)
+            line = found.setdefault((row["model"], row["minus"]), {"": label(row)})
+            line[row["metric"]] = cell(row)
+        metrics = list(dict.fromkeys(name for line in found.values() for name in line))[1:]
+        head = {name: f"{name} " for name in metrics} | {"": shorten(data)}
+        grid = [head, *found.values()]
+        width = max(len(line[""]) for line in grid)
+        wide = 2 + max(len(text) for line in grid for name, text in line.items() if name)
         size = max(1, (100 - width) // wide)
         for part in (metrics[i:i + size] for i in range(0, len(metrics), size)):
             lines.append("")
-            for cells in grid:
-                if cells.keys() & set(part):
-                    texts = [f"{cells.get(name, '- '):>{wide}s}" for name in part]
-                    lines.append(f"{cells['']:{width}}" + "".join(texts))
+            for line in grid:
+                if line.keys() & set(part):
+                    texts = [f"{line.get(name, '- '):>{wide}s}" for name in part]
+                    lines.append(f"{line['']:{width}}" + "".join(texts))
     counts = ", ".join(dict.fromkeys(str(len(curve.problems)) for curve in curves))
-    star = "; * = a change whose interval excludes 0" if any(row["minus"] for row in rows) else ""
-    lines.append(f"95 % intervals (their wider side) over {counts} problems{star}")
+    lines.append(f"95 % intervals (their wider side) over {counts} problems")
+    if any(row["minus"] for row in rows):
+        lines[-1] += "; * = a change whose interval excludes 0"
     return "\n".join(line.rstrip() for line in lines[1:])
 
 
@@ -234,8 +235,8 @@ def shorten(text: str) -> str:
 
 
 def label(row: dict) -> str:
-    return f"  minus {shorten(row['minus'])} ({row['problems']} problems)" if row["minus"] else (
-        shorten(row["model"]))
+    change = f"  minus {shorten(row['minus'])} ({row['problems']} problems)"
+    return change if row["minus"] else shorten(row["model"])
 
 
 def cell(row: dict) -> str:
@@ -300,121 +301,120 @@ def running_mean(values, size: int = 10) -> list[float]:
 
 def read_samples(path: Path) -> Samples:
     """A samples file. UserError names the line that cannot be right."""
-    found, first, seen = Samples([], [], {}, []), None, {}
+    problems, groups, digests, settings, lines = [], [], [], {}, {}
     for number, row in cli.read_rows(path):
         where = f"{path}, line {number}"
         try:
             texts = [row[name] for name in ("id", "problem", "answer", "task", "data")]
             group = [Answer(each["text"], bool(each["finished"]), int(each["tokens"]))
                      for each in row["answers"]]
-            if not all(isinstance(x, str) for x in [*texts, *(each.text for each in group)]):
-                raise TypeError("id, problem, answer, task, data and texts must be text")
+            if not all(isinstance(x, str) for x in [*texts, *(a.text for a in group)]):
+                raise TypeError("id, problem, answer, task, data or a text is no text")
             if not group or not all(0 <= each.tokens < 2**31 for each in group):
                 raise ValueError("no answers, or impossible tokens")
-            found.problems.append(Problem(*texts[:4]))
+            problems.append(Problem(*texts[:4]))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise UserError(f"{where}: not a row of sample.py ({type(error).__name__}: "
-                            f"{error})") from error
-        if (before := seen.setdefault(row["id"], number)) != number:
+            raise UserError(f"{where}: not a row of sample.py "
+                            f"({type(error).__name__}: {error})") from error
+        if (before := lines.setdefault(row["id"], number)) != number:
             cli.fail(f"{where}: the id {row['id']!r} is that of line {before} already")
-        own = {name: row.get(name) for name in (*SHARED, "model", "weights", "seed")}
-        first = first or own
-        if change := [name for name in own if own[name] != first[name]]:
-            cli.fail(f"{where}: {change[0]} is {own[change[0]]!r}, but {first[change[0]]!r} in "
-                     "the first line")
-        found.groups.append(group)
-        found.digests.append(row.get("digest"))
-    if not first:
+        for name in (*SHARED, "model", "weights", "seed"):
+            if settings.setdefault(name, row.get(name)) != row.get(name):
+                cli.fail(f"{where}: {name} is {row.get(name)!r}, but "
+                         f"{settings[name]!r} in the first line")
+        groups.append(group)
+        digests.append(row.get("digest"))
+    if not problems:
         cli.fail(f"samples file {path} holds no samples")
-    return found._replace(settings=first)
+    return Samples(problems, groups, settings, digests)
 
 
 def graded_anew(samples: Samples, path: str) -> Samples:
     """With the gold answers that the data holds now, where it can be had."""
-    data = samples.settings["data"]
+    data, mended = samples.settings["data"], 0
     try:
         now = {p.id: p for p in tasks.load_problems(data)}
     except UserError as error:
-        print(f"{path}: graded with the answers it holds itself, because {error}")
+        print(f"{path}: graded with its own gold answers, because {error}")
         return samples
-    mended = 0
-    for i, (old, digest) in enumerate(zip(samples.problems, samples.digests)):
+    for old, digest in zip(samples.problems, samples.digests):
         new = now.get(old.id)
         if not new or sample.fingerprint(replace(new, answer=old.answer)) != digest:
-            cli.fail(f"{path}: problem {old.id!r} is not what {data} holds now: sample it again")
+            cli.fail(f"{path}: problem {old.id!r} is not what {data} holds now: "
+                     "sample it again")
         mended += new.answer != old.answer
-        samples.problems[i] = new
     if mended:
-        print(f"{path}: {mended} answers of {data} have changed since: graded with the new ones")
-    return samples
+        print(f"{path}: graded with {mended} answers that have changed in {data} since")
+    return samples._replace(problems=[now[p.id] for p in samples.problems])
 
 
 def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
     """Settings per --model entry, and the samples of those that are files.
 
-    In SHARED all must be alike: as the flags say, else as the files and runs were
-    sampled; the other models follow. UserError before anything is sampled.
+    In SHARED all are alike: as the flags say, else as files and runs were sampled;
+    the other models follow. UserError before anything is sampled.
     """
     args.dtype = args.dtype and policy.pick_dtype(args.dtype)
-    ks, entries, files = ks_of(args.k), {}, {}
-    for source in args.model:
-        entry = entries[source] = argparse.Namespace(**{**vars(args), "model": source})
-        if source.endswith(".jsonl"):
-            files[source] = read_samples(Path(source))
-            vars(entry).update(files[source].settings, model=source)
-            if entry.data in (args.data or "").split(","):
-                entry.data = args.data
-        else:
+    try:
+        args.k = args.k and tuple(sorted({int(k) for k in args.k.split(",")}))
+    except ValueError:
+        cli.fail(f"--k is {args.k!r}, but must be a number or a list (1,4,16)")
+    entries = {each: argparse.Namespace(**{**vars(args), "model": each}) for each in args.model}
+    files = {each: read_samples(Path(each)) for each in entries if each.endswith(".jsonl")}
+    for source, entry in entries.items():
+        if source not in files:
             sample.settle(entry)
-    own = [source for source in entries if source in files or run.flags_of(source)]
+            continue
+        vars(entry).update(files[source].settings)
+        if entry.data in (args.data or "").split(","):
+            entry.data = args.data
+    own = [each for each in entries if each in files or run.flags_of(each)] or entries
     for name in SHARED:
-        values = {source: getattr(entries[source], name) for source in own or entries}
+        values = {each: getattr(entries[each], name) for each in own}
         if getattr(args, name) is not None:
             values = {"the command line": getattr(args, name), **values}
         (first, value), *others = values.items()
         for other, differs in others:
             if differs != value:
-                cli.fail(f"what is compared must be sampled alike, but {name} is {value!r} in "
-                         f"{first} and {differs!r} in {other}")
+                cli.fail("what is compared must be sampled alike, but "
+                         f"{name} is {value!r} in {first} and {differs!r} in {other}")
         if value is None and name != "limit" and len(entries) > 1:
-            cli.fail(f"{first} does not say its {name}, so nothing can be compared with it")
+            cli.fail(f"{first} does not say its {name}: it cannot be compared")
         for source in entries.keys() - files.keys():
             setattr(entries[source], name, value)
     for source, entry in entries.items():
         n = min(map(len, files[source].groups)) if source in files else entry.n
-        check_ks(ks or (1,), n, source)
-    return entries, {source: graded_anew(each, source) for source, each in files.items()}
-
-
-def ks_of(text: str | None) -> tuple[int, ...] | None:
-    try:
-        return tuple(sorted({int(k) for k in text.split(",")})) if text else None
-    except ValueError:
-        raise UserError(f"--k is {text!r}, but must be a number or a list (1,4,16)") from None
+        check_ks(args.k or (1,), n, source)
+    files = {path: graded_anew(each, path) for path, each in files.items()}
+    asked = {}
+    for path, each in files.items():
+        for p in each.problems:
+            known = asked.setdefault((each.settings["data"], p.id), p)
+            if (p.question, p.answer) != (known.question, known.answer):
+                cli.fail(f"{path}: problem {p.id!r} is another one than in the files before")
+    return entries, files
 
 
 def names_of(sources: list[str]) -> dict[str, str]:
-    """What tables and legends call them: what they are, or their folders where that is equal."""
+    """What tables and legends call them: what they are, where that tells them apart."""
     names = {source: describe(source) for source in sources}
-    for shorter in (lambda source: Path(source).name, str):
-        given = list(names.values())
-        names = {source: name if given.count(name) == 1 else shorter(source)
-                 for source, name in names.items()}
-    return names
+    counts = Counter(names.values())
+    return {source: source if counts[name] > 1 else name
+            for source, name in names.items()}
 
 
 def describe(source: str) -> str:
     """"RSPO k = 8, step 400" of a run or one of its checkpoints, else its name."""
     flags, name = run.flags_of(source), Path(source).name
-    checkpoint = flags and run.resolve_model(source)[1]
-    if not flags or not re.fullmatch(r"step_\d+", checkpoint.name):
+    checkpoint = flags and run.resolve_model(source)[1].name
+    if not flags or not re.fullmatch(r"step_\d+", checkpoint):
         return name
-    step, last = int(checkpoint.name[5:]), flags["steps"]
+    step, last = int(checkpoint[5:]), flags["steps"]
     when = f"step {step}" if step == last else f"step {step} of {last}"
-    if step < last and name != checkpoint.name:
+    if step < last and name != checkpoint:
         when = f"unfinished: {step} of {last}"
-    method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(flags["objective"], flags["objective"])
-    return f"{method} k = {flags['k']}, {when}"
+    method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(flags["objective"])
+    return f"{method or flags['objective']} k = {flags['k']}, {when}"
 
 
 def sample_model(args) -> list[Samples]:
@@ -452,7 +452,7 @@ def main(argv: list[str] | None = None) -> None:
     curves = []
     for source, name in names_of(args.model).items():
         found = [files[source]] if source in files else sample_model(entries[source])
-        curves += [curve_of(samples, name, ks_of(args.k)) for samples in found]
+        curves += [curve_of(samples, name, args.k) for samples in found]
     order = list(dict.fromkeys(curve.data for curve in curves))
     curves.sort(key=lambda curve: order.index(curve.data))
     print(table(curves))

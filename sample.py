@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import hashlib
 import importlib.util
-import itertools
 import os
 import shutil
 import tempfile
@@ -39,6 +38,7 @@ from lib import policy, run, tasks
 from lib.cli import UserError
 
 CACHE_TOKENS = 2**18  # prompt and answer tokens that HFSampler holds at a time
+NOT_FINITE = "the policy's probabilities are NaN or infinite"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can serve
 
 
@@ -50,8 +50,6 @@ class Rollout:
     text: str  # the completion without its end token
     finished: bool  # False: cut off at max_new_tokens
 
-
-# ---------------------------------------------------------------- two samplers
 
 class HFSampler:
     """Samples from the very model that learns: it is never out of date."""
@@ -94,8 +92,9 @@ class HFSampler:
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
                           position_ids=positions, logits_to_keep=1)
         copies = tensor([asked.index(i) for i in batch])  # (R,)
-        cache, logits = read.past_key_values, read.logits[copies, -1]  # (R, V)
+        cache = read.past_key_values
         cache.reorder_cache(copies)
+        logits = read.logits[copies, -1]  # (R, V)
         mask, position = mask[copies], positions[copies, -1:]  # (R, L), (R, 1)
 
         stops, rows = tensor(self.stops), tensor(range(len(batch)))  # rows: (R,)
@@ -124,16 +123,15 @@ class HFSampler:
                 for i, *answer in zip(batch, drawn.tolist(), logprobs.tolist())]
 
 
-NOT_FINITE = "the policy's probabilities are NaN or infinite"
-
-
 def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
     """Of what was drawn; behind its first end token it is padding."""
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     finished = end is not None
     ids = tuple(ids[:end + 1] if finished else ids)
-    text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
-    return Rollout(tuple(prompt), ids, tuple(logprobs[:len(ids)]), text, finished)
+    logprobs = tuple(logprobs[:len(ids)])
+    said = ids[:-1] if finished else ids
+    text = tokenizer.decode(said, skip_special_tokens=False)
+    return Rollout(tuple(prompt), ids, logprobs, text, finished)
 
 
 class VLLMSampler:
@@ -143,7 +141,7 @@ class VLLMSampler:
     adapter by its id and prompt blocks by its name, and would serve the old one.
     """
 
-    block = 1024  # it schedules its rows itself, and a large call keeps it busy
+    block = 1024  # a large call keeps it busy
 
     def __init__(self, base: str, tokenizer, stops, temperature, max_new_tokens, *,
                  dtype, rank, context, gpu_memory, folder: Path):
@@ -170,8 +168,8 @@ class VLLMSampler:
                 f"vLLM could not start on {base} with {context} tokens of context "
                 f"({str(error).splitlines()[0]}); lower --gpu-memory or "
                 "--max-new-tokens, or take --sampler hf") from error
-        self.tokenizer, self.stops = tokenizer, stops
-        self.folder, self.adapter = folder, None
+        self.tokenizer, self.stops, self.folder = tokenizer, stops, folder
+        self.adapter = None
         self.settings = dict(
             temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
             stop_token_ids=stops, logprobs=0, flat_logprobs=True, detokenize=False)
@@ -191,20 +189,21 @@ class VLLMSampler:
         from vllm import SamplingParams, TokensPrompt
         settings = [SamplingParams(n=n, seed=seed + i * n, **self.settings)
                     for i in range(len(prompts))]
-        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        asked = [TokensPrompt(prompt_token_ids=[*prompt]) for prompt in prompts]
         try:
             results = self.engine.generate(
                 asked, settings, lora_request=self.adapter, use_tqdm=False)
         except Exception as error:  # a dead engine raises many kinds
-            raise UserError(
-                f"vLLM stopped working ({type(error).__name__}: {error})") from error
-        groups = [[
-            make_rollout(prompt, [*each.token_ids], each.logprobs.logprobs,
-                         self.stops, self.tokenizer)
-            for each in sorted(result.outputs, key=lambda each: each.index)]
-            for prompt, result in zip(prompts, results)]
-        if any(x != x for group in groups for one in group for x in one.logprobs):
-            raise policy.BrokenPolicy(NOT_FINITE)
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"vLLM stopped working ({said})") from error
+        groups = []
+        for prompt, result in zip(prompts, results):
+            answers = sorted(result.outputs, key=lambda each: each.index)
+            groups.append([
+                make_rollout(prompt, [*each.token_ids], each.logprobs.logprobs,
+                             self.stops, self.tokenizer) for each in answers])
+            if any(x != x for rollout in groups[-1] for x in rollout.logprobs):
+                raise policy.BrokenPolicy(NOT_FINITE)
         return groups
 
 
@@ -220,7 +219,8 @@ def stop_ids(model, tokenizer) -> list[int]:
                  {"role": "assistant", "content": "ANSWER"}]
         chat = tokenizer.apply_chat_template(turns, tokenize=False)
         _, said, behind = chat.rpartition("ANSWER")
-        first = tokenizer(behind if said else "", add_special_tokens=False).input_ids[:1]
+        behind = behind if said else ""
+        first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
         added = tokenizer.added_tokens_decoder
         stops |= {i for i in first if i in added and added[i].special}
     if stops == {None}:
@@ -234,11 +234,11 @@ def pick_sampler(wanted: str) -> str:
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         cli.fail("--sampler vllm: vLLM is not installed (requirements.txt); take hf")
-    if wanted != "auto" or not torch.cuda.is_available():
-        return wanted.replace("auto", "hf")
-    if not installed:
+    if wanted == "auto" and torch.cuda.is_available() and installed:
+        return "vllm"
+    if wanted == "auto" and torch.cuda.is_available():
         print("vLLM is not installed: sampling in plain PyTorch, which is slower")
-    return "vllm" if installed else "hf"
+    return wanted.replace("auto", "hf")
 
 
 def make_sampler(args, model, tokenizer, problems: list, folder: Path, gpu_memory):
@@ -278,7 +278,7 @@ def digest(*parts) -> str:
 
 
 def stream(*place) -> int:
-    """Seed of what is drawn at one place (the run's seed, purpose, step, ...)."""
+    """Seed of what is drawn at one place (run's seed, purpose, step, ...)."""
     return int(digest(*place)[:14], 16)
 
 
@@ -293,37 +293,37 @@ def sample_blocks(sampler, problems: list, n: int, place: tuple, label: str, sta
 # ---------------------------------------------------------------- the script
 
 def settle(args) -> None:
-    """What was not given follows from the model: of a run its own, else the task's."""
+    """What was not given follows from the model: a run's own, else the task's."""
     args.model = args.model or "toy"
     toy = run.resolve_model(args.model)[0] == str(run.TOY)
     own = run.flags_of(args.model)
     data = own.get("eval_data", "countdown:test" if toy else "math500")
     cli.settle(args, SETTINGS, toy, {**own, "n": 64, "data": data})
-    args.sampler, args.dtype = pick_sampler(args.sampler), policy.pick_dtype(args.dtype)
+    args.sampler = pick_sampler(args.sampler)
+    args.dtype = policy.pick_dtype(args.dtype)
 
 
-def fingerprint(problem) -> str:
+def fingerprint(p) -> str:
     """Digest of what a problem asks and what is right."""
-    return digest(problem.id, problem.question, problem.prompt, problem.answer,
-                  problem.level, problem.task)[:16]
+    return digest(p.id, p.question, p.prompt, p.answer, p.level, p.task)[:16]
 
 
 def weights_of(base: str, adapter: Path | None) -> str:
     """Digest of a model's files: a checkpoint's checksums, else sizes and times."""
     known = [] if Path(base).is_dir() else [base]
     for folder in filter(None, (Path(base), adapter)):
-        files = [path for path in folder.glob("*")
+        files = [path for path in sorted(folder.glob("*"))
                  if path.suffix in (".safetensors", ".json", ".jinja")]
         if folder / "state.json" in files:
             known.append((folder / "state.json").read_text())
         else:
-            known += sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns)
-                            for path in files)
+            states = [(path.name, path.stat()) for path in files]
+            known += [(name, at.st_size, at.st_mtime_ns) for name, at in states]
     return digest(known)[:16]
 
 
 def heads_of(args, data: str, problems: list) -> list[dict]:
-    """Each row of a samples file without its answers: all that decides them."""
+    """The rows of a samples file without their answers: all that decides them."""
     base, adapter = run.resolve_model(args.model)
     settings = {name: getattr(args, name) for name in SAMPLING} | {
         "data": data, "checkpoint": adapter and adapter.name,
@@ -333,32 +333,32 @@ def heads_of(args, data: str, problems: list) -> list[dict]:
 
 
 def rows_done(path: Path, heads: list[dict]) -> int:
-    """Whole rows in a samples file. UserError unless each is as it must be."""
+    """Whole rows in a samples file. UserError unless each has its head."""
     rows = cli.read_rows(path, appended=True) if path.exists() else []
-    begun = path.read_bytes() if path.exists() and not rows else b""
-    if begun and not begun.startswith(b'{"data": '):
+    begun = path.read_bytes()[:9] if path.exists() and not rows else b""
+    if not b'{"data": '.startswith(begun):
         cli.fail(f"{path} is not a file of sample.py; move it away")
+    if len(rows) > len(heads):
+        cli.fail(f"{path} has {len(rows)} rows, not {len(heads)}; move it away")
     for (number, row), head in zip(rows, heads):
         for name, value in head.items():
             if row.get(name) != value:
-                cli.fail(f"{path} was made with {name} = {row.get(name)!r}, not {value!r} "
-                         f"(line {number}): give another --out or move it away")
-    if len(rows) > len(heads):
-        cli.fail(f"{path} has {len(rows)} rows, not {len(heads)}: move it away")
+                cli.fail(f"{path} was made with {name} = {row.get(name)!r}, not "
+                         f"{value!r} (line {number}): give another --out or move it away")
     return len(rows)
 
 
 def sample_files(args, jobs: dict[Path, tuple[list, list[dict]]]) -> None:
-    """Have answers to (problems, heads) in each file; whole files stay as they are."""
-    for path, (problems, heads) in jobs.items():
-        if rows_done(path, heads) == len(heads):
-            print(f"{path} is complete: not sampled again (delete it to do so)")
-    jobs = {path: job for path, job in jobs.items() if rows_done(path, job[1]) < len(job[1])}
-    if jobs:
-        sampler, problems = open_sampler(args, [p for asked, _ in jobs.values() for p in asked])
+    """Have the answers to (problems, heads) in each file; whole files stay."""
+    done = [path for path, (_, heads) in jobs.items() if rows_done(path, heads) == len(heads)]
+    for path in done:
+        print(f"{path} is complete: not sampled again (delete it to do so)")
+    jobs = {path: job for path, job in jobs.items() if path not in done}
+    asked = [problem for problems, _ in jobs.values() for problem in problems]
+    sampler, asked = open_sampler(args, asked) if jobs else (None, [])
     for path, (_, heads) in jobs.items():
-        sample_to_file(path, heads, problems[:len(heads)], sampler)
-        problems = problems[len(heads):]
+        sample_to_file(path, heads, asked[:len(heads)], sampler)
+        asked = asked[len(heads):]
 
 
 def sample_to_file(path: Path, heads: list[dict], problems: list, sampler) -> None:
@@ -370,19 +370,20 @@ def sample_to_file(path: Path, heads: list[dict], problems: list, sampler) -> No
         done -= done % sampler.block if done < len(heads) else 0
         lines = path.read_bytes().split(b"\n")[:done]
         os.truncate(path, sum(len(line) + 1 for line in lines))
-        label = f"sampling {own['model']} on {own['data']}"
         place = own["seed"], "sample", own["data"]
-        blocks = sample_blocks(sampler, problems, own["n"], place, label, done)
-        for head, group in zip(heads[done:], itertools.chain.from_iterable(blocks)):
-            answers = [{"text": r.text, "finished": r.finished,
-                        "tokens": len(r.completion_ids)} for r in group]
-            cli.write_rows(path, [{**head, "answers": answers}])
+        label = f"sampling {own['model']} on {own['data']}"
+        for groups in sample_blocks(sampler, problems, own["n"], place, label, done):
+            answers = [[{"text": r.text, "finished": r.finished,
+                         "tokens": len(r.completion_ids)} for r in group] for group in groups]
+            cli.write_rows(path, [{**head, "answers": group}
+                                  for head, group in zip(heads[done:], answers)])
+            done += len(groups)
 
 
 def ask(args) -> None:
     """Print n answers to one question, the most frequent first."""
     sampler, [problem] = open_sampler(args, [tasks.question(args.ask, args.data)])
-    seed, groups = stream(args.seed, "ask"), {}
+    groups, seed = {}, stream(args.seed, "ask")
     for rollout in sampler.generate([problem.prompt_ids], args.n, seed)[0]:
         answer = tasks.vote(rollout.text) if rollout.finished else "(cut off)"
         groups.setdefault(answer, []).append(rollout)
