@@ -5,9 +5,10 @@
     python evaluate.py --model samples.jsonl    what sample.py wrote
     python evaluate.py --model Qwen2.5-Math-1.5B --data math500,aime2024
 
-Each estimate is unbiased (Chen et al. 2021). The interval asks: would it hold for other problems
-like these (and other seeds)? Two models are compared problem by problem. Beside the figure stand
-its numbers (.csv) and, in a folder, the samples: the same command goes on where it was stopped.
+Each estimate is unbiased (Chen et al. 2021). The interval asks: would it hold
+for other problems like these (and other seeds)? All models are sampled alike and
+compared problem by problem. Beside the figure stand its numbers (.csv) and, in a
+folder, the samples: the same command goes on where it was stopped.
 
 Shapes: S seeds, M problems, n samples of each, K evaluated ks.
 """
@@ -16,11 +17,11 @@ from pathlib import Path
 
 from lib import cli
 
+SHARED = ("data", "n", "temperature", "max_new_tokens", "dtype", "load_in_4bit", "limit")
 SETTINGS = {
     "model": cli.Setting("what to evaluate: as in train.py, or a .jsonl of sample.py", kind=list),
     "k": cli.Setting("ks to report, such as 1,8,64 (default: powers of two)", kind=str),
-    **{name: cli.SETTINGS[name] for name in ("data", "n", "temperature", "max_new_tokens",
-                                             "sampler", "dtype", "load_in_4bit", "limit", "seed")},
+    **{name: cli.SETTINGS[name] for name in (*SHARED, "sampler", "seed")},
     "out": cli.Setting("figure to write", Path("runs/evaluate.png"), kind=Path),
 }
 if __name__ == "__main__":
@@ -28,9 +29,10 @@ if __name__ == "__main__":
 
 import argparse
 import csv
-import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -39,12 +41,13 @@ from torch import Tensor
 
 import rspo
 import sample
-from lib import tasks
+from lib import policy, run, tasks
 from lib.cli import UserError
 from lib.tasks import Problem
 
 # 97.5 % quantiles of Student's distribution at 1, 2, ... degrees of freedom
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+SHARES = ("pass@", "maj@", "cut off")  # metrics that lie between 0 and 1
 # one look per curve in every figure, told apart in grey, too: colour, marker, dashes
 LOOKS = [dict(zip(("color", "marker", "linestyle"), look), markersize=4) for look in (
     ("#555555", "s", "--"), ("#0072b2", "o", "-"), ("#d55e00", "^", "-."),
@@ -59,13 +62,21 @@ class Curve:
     values: Tensor  # (M, K) or (S, M, K): estimate of each problem at each k
     problems: tuple[str, ...]  # the M problem ids
     data: str = ""  # the data set, where it is known
-    more: dict[str, Tensor] = field(default_factory=dict)  # other columns, (M,) or (S,) each
+    more: dict[str, Tensor] = field(default_factory=dict)  # columns, (M,) or (S,)
+    failures: int = 0  # answers that the grader lost: they count as wrong
 
 
 class Answer(NamedTuple):
     text: str
     finished: bool
     tokens: int
+
+
+class Samples(NamedTuple):
+    problems: list[Problem]  # [M]
+    groups: list[list[Answer]]  # [M][n]
+    settings: dict  # how they were drawn
+    digests: list[str]  # [M]: of the problems as they were then
 
 
 # ---------------------------------------------------------------- numbers
@@ -78,51 +89,49 @@ def powers_of_two(n: int) -> tuple[int, ...]:
 def check_ks(ks: tuple[int, ...], n: int, name: str) -> None:
     for k in ks:
         if not 1 <= k <= n:
-            raise UserError(f"k is {k}, but {name} has n = {n} samples per problem, and pass@k "
-                            "has an unbiased estimate for 1 <= k <= n only")
+            cli.fail(f"k is {k}, but {name} has n = {n} samples per problem, and pass@k "
+                     "has an unbiased estimate for 1 <= k <= n only")
 
 
 def make_curve(name: str, problems: list[Problem], rewards: list[list[float]],
                ks: tuple[int, ...] | None = None) -> Curve:
-    """Curve of rewards [M][n] at ks (default: powers of two up to n). UserError where k > n."""
+    """Curve of rewards [M][n] at ks (default: powers of two up to n)."""
     n = min(map(len, rewards))
     ks = ks or powers_of_two(n)
     check_ks(ks, n, name)
     graded = any(p.graded for p in problems)
     estimate = rspo.max_at_k if graded else rspo.pass_at_k
-    if len(set(map(len, rewards))) == 1:
-        values = torch.stack([estimate(rewards, k) for k in ks], -1)  # (M, K)
-    else:
-        values = torch.stack([torch.stack([estimate(r, k) for k in ks]) for r in rewards])
-    return Curve(name, "max" if graded else "pass", ks, values, tuple(p.id for p in problems))
+    values = [torch.stack([estimate(row, k) for k in ks]) for row in rewards]
+    ids = tuple(p.id for p in problems)
+    return Curve(name, "max" if graded else "pass", ks, torch.stack(values), ids)
 
 
 def describe_answers(groups: list[list[Answer]], rewards) -> dict[str, Tensor]:
-    """What else n answers say, (M,) each: maj@n, mean tokens, share cut off.
+    """What else answers say, (M,) each: majority vote, mean tokens, share cut off."""
+    n = min(map(len, groups))
+    columns = {
+        f"maj@{n}": [majority(group[:n], row) for group, row in zip(groups, rewards)],
+        "tokens": [fmean(each.tokens for each in group) for group in groups],
+        "cut off": [fmean(not each.finished for each in group) for group in groups]}
+    return {name: torch.tensor(values).double() for name, values in columns.items()}
 
-    maj@n is the reward of the most frequent answer. What was cut off has no vote; a tie is shared.
-    """
-    def majority(group: list[Answer], values) -> float:
-        votes: dict[str, list[float]] = {}
-        for answer, value in zip(group, values):
-            if answer.finished:
-                votes.setdefault(tasks.vote(answer.text), []).append(value)
-        most = max(map(len, votes.values()), default=0)
-        winners = [mean(values) for values in votes.values() if len(values) == most]
-        return mean(winners) if winners else 0.0
 
-    mean = lambda values: sum(values) / len(values)
-    columns = {f"maj@{min(map(len, groups))}": map(majority, groups, rewards),
-               "tokens": (mean([answer.tokens for answer in group]) for group in groups),
-               "cut off": (mean([not answer.finished for answer in group]) for group in groups)}
-    return {name: torch.tensor(list(values)).double() for name, values in columns.items()}
+def majority(group: list[Answer], rewards) -> float:
+    """Reward of the most frequent answer. A tie is shared; what is cut off has no vote."""
+    votes: dict[str, list[float]] = {}
+    for answer, reward in zip(group, rewards):
+        if answer.finished:
+            votes.setdefault(tasks.vote(answer.text), []).append(reward)
+    most = max(map(len, votes.values()), default=0)
+    winners = [fmean(each) for each in votes.values() if len(each) == most]
+    return fmean(winners or [0.0])
 
 
 def interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(S, M, K) or (M, K) -> mean and half width of its 95 % interval, (K,) each; NaN if M = 1.
+    """(S, M, K) or (M, K) -> mean, half width of its 95 % interval, (K,); NaN if M = 1.
 
-    Var(mean) = Var(seed means) / S + Var(problem means) / M: a little too wide rather than too
-    narrow. Student's quantile, at the degrees of freedom of Welch and Satterthwaite.
+    Var(mean) = Var(seed means) / S + Var(problem means) / M: rather too wide than
+    too narrow. Student's quantile at the degrees of freedom of Welch-Satterthwaite.
     """
     values = values if values.ndim == 3 else values[None]
     S, M, _ = values.shape
@@ -134,6 +143,22 @@ def interval(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean((0, 1)), quantile * total.sqrt()
 
 
+def level(metric: str, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, M, K) or (M, K) -> mean and both ends of its 95 % interval, (K,) each.
+
+    Near 0 and 1 Student's interval is far too narrow: if all of 30 problems are
+    solved, its width is 0. So that of a share counts two more problems, one that is
+    never solved and one that always is, and ends at 0 and 1.
+    """
+    if not metric.startswith(SHARES):
+        mean, half = interval(values)
+        return mean, mean - half, mean + half
+    never = torch.zeros_like(values[..., :1, :])
+    middle, half = interval(torch.cat([values, never, never + 1], -2))
+    low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=1)
+    return values.flatten(0, -2).mean(0), low, high
+
+
 def student(freedom: float) -> float:
     """97.5 % quantile of Student's distribution."""
     if freedom < len(STUDENT) + 1:
@@ -142,80 +167,95 @@ def student(freedom: float) -> float:
 
 
 def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
-    """Shared ks, mean of after - before by problem, half width; None if nothing is shared."""
+    """Shared ks, mean of after - before by problem, half width; None if none is shared."""
     ks = tuple(k for k in after.ks if k in before.ks)
     shared = [problem for problem in after.problems if problem in before.problems]
     if not ks or not shared or after.metric != before.metric:
         return None
-    picked = []
-    for curve in (after, before):
-        row_of = {problem: i for i, problem in enumerate(curve.problems)}
-        rows = curve.values[..., [row_of[problem] for problem in shared], :]
-        picked.append(rows[..., [curve.ks.index(k) for k in ks]])  # (.., M', K')
-    return ks, *interval(picked[0] - picked[1])
+
+    def pick(curve: Curve) -> Tensor:
+        rows = [curve.problems.index(problem) for problem in shared]
+        return curve.values[..., rows, :][..., [curve.ks.index(k) for k in ks]]
+    return ks, *interval(pick(after) - pick(before))
 
 
 # ---------------------------------------------------------------- tables and figures
 
 def summary(curves: list[Curve]) -> list[dict]:
-    """The numbers of table and file: a row per data set, model, what it is held against, metric."""
+    """The numbers of table and .csv: a row per data set, model, minus which other, metric."""
     rows = []
     for curve in curves:
         first = next(other for other in curves if other.data == curve.data)
-        own = {f"{curve.metric}@{k}": curve.values[..., [i]] for i, k in enumerate(curve.ks)}
+        own = {f"{curve.metric}@{k}": curve.values[..., [i]]
+               for i, k in enumerate(curve.ks)}
         own |= {name: values[:, None] for name, values in curve.more.items()}
-        found = [("", metric, *interval(values)) for metric, values in own.items()]
+        found = [("", metric, *level(metric, values)) for metric, values in own.items()]
         if curve is not first and (change := difference(curve, first)):
-            found += [(first.name, f"{curve.metric}@{k}", *both) for k, *both in zip(*change)]
-        shared = len({*curve.problems} & {*first.problems})
-        rows += [{"data": curve.data, "model": curve.name, "minus": minus, "metric": metric,
-                  "mean": mean.item(), "half_width_95": half.item(),
-                  "problems": shared if minus else len(curve.problems)}
-                 for minus, metric, mean, half in found]
+            found += [(first.name, f"{curve.metric}@{k}", mean, mean - half, mean + half)
+                      for k, mean, half in zip(*change)]
+        for minus, metric, *ends in found:
+            problems = {*curve.problems} & {*(first if minus else curve).problems}
+            numbers = dict(zip(("mean", "low_95", "high_95"), map(float, ends)))
+            rows.append({
+                "data": curve.data, "model": curve.name, "minus": minus,
+                "metric": metric, **numbers, "problems": len(problems),
+                "grader_failures": curve.failures + first.failures * bool(minus)})
     return rows
 
 
 def table(curves: list[Curve]) -> str:
-    """Text of at most 100 columns: for each data set a line per curve, its change below."""
+    """Text of at most 100 columns: per data set a line per curve, its change below."""
     rows, lines = summary(curves), []
-    short = lambda text: text if len(text) <= 34 else f"...{text[-31:]}"
     for data in dict.fromkeys(row["data"] for row in rows):
-        cells: dict[tuple, dict[str, str]] = {}  # (model, minus) -> metric -> cell
+        found = {}  # of each line its label, under "", and its cells by metric
         for row in (row for row in rows if row["data"] == data):
-            cells.setdefault((row["model"], row["minus"]), {})[row["metric"]] = cell(row)
-        labels = {key: f"  minus {short(key[1])}" if key[1] else short(key[0]) for key in cells}
-        columns = list(dict.fromkeys(metric for each in cells.values() for metric in each))
-        width = max(map(len, [short(data), *labels.values()]))
-        wide = 2 + max(len(text) for each in cells.values() for text in [*each.values(), *each])
+            line = found.setdefault((row["model"], row["minus"]), {"": label(row)})
+            line[row["metric"]] = cell(row)
+        metrics = list(dict.fromkeys(name for line in found.values() for name in line))[1:]
+        head = {name: f"{name} " for name in metrics} | {"": shorten(data)}
+        grid = [head, *found.values()]
+        width = max(len(line[""]) for line in grid)
+        wide = 2 + max(len(text) for line in grid for name, text in line.items() if name)
         size = max(1, (100 - width) // wide)
-        for part in (columns[i:i + size] for i in range(0, len(columns), size)):
-            lines += ["", f"{short(data):{width}}" + "".join(f"{c:>{wide - 1}s} " for c in part)]
-            for key, each in cells.items():
-                if set(part) & set(each):
-                    texts = [f"{each.get(c, '-'):>{wide}s}" for c in part]
-                    lines.append(f"{labels[key]:{width}}" + "".join(texts))
+        for part in (metrics[i:i + size] for i in range(0, len(metrics), size)):
+            lines.append("")
+            for line in grid:
+                if line.keys() & set(part):
+                    texts = [f"{line.get(name, '- '):>{wide}s}" for name in part]
+                    lines.append(f"{line['']:{width}}" + "".join(texts))
     counts = ", ".join(dict.fromkeys(str(len(curve.problems)) for curve in curves))
-    star = "; * = a change whose interval excludes 0" if any(row["minus"] for row in rows) else ""
-    lines.append(f"95 % intervals over {counts} problems{star}")
+    lines.append(f"95 % intervals (their wider side) over {counts} problems")
+    if any(row["minus"] for row in rows):
+        lines[-1] += "; * = a change whose interval excludes 0"
     return "\n".join(line.rstrip() for line in lines[1:])
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 34 else f"...{text[-31:]}"
+
+
+def label(row: dict) -> str:
+    change = f"  minus {shorten(row['minus'])} ({row['problems']} problems)"
+    return change if row["minus"] else shorten(row["model"])
 
 
 def cell(row: dict) -> str:
     """.479+-.049; a change has a sign, and a star where its interval excludes 0."""
-    mean, half, change = row["mean"], row["half_width_95"], bool(row["minus"])
-    star = "*" if change and abs(mean) > half else " "
+    mean, sign = row["mean"], "+" if row["minus"] else ""
+    half = max(row["high_95"] - mean, mean - row["low_95"])
+    star = "*" if sign and (row["low_95"] > 0 or row["high_95"] < 0) else " "
     digits = 3 if abs(mean) < 10 else 1
-    text = f"{mean:{'+' if change else ''}.{digits}f}+-{half:.{digits}f}{star}"
-    return re.sub(r"(?<!\d)0\.", ".", text)
+    return re.sub(r"(?<!\d)0\.", ".", f"{mean:{sign}.{digits}f}+-{half:.{digits}f}{star}")
 
 
 def draw_curves(axes, curves: list[Curve]) -> None:
     """All curves with their 95 % bands, k on a log axis."""
     several = len({curve.data for curve in curves}) > 1
     for i, curve in enumerate(curves):
-        (mean, half), look = interval(curve.values), LOOKS[i % len(LOOKS)]
+        mean, low, high = level(f"{curve.metric}@", curve.values)
+        look = LOOKS[i % len(LOOKS)]
         axes.plot(curve.ks, mean, label=curve.name + f", {curve.data}" * several, **look)
-        axes.fill_between(curve.ks, mean - half, mean + half, color=look["color"], alpha=0.15)
+        axes.fill_between(curve.ks, low, high, color=look["color"], alpha=0.15)
     ks = sorted({k for curve in curves for k in curve.ks})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
@@ -235,92 +275,184 @@ def plot(curves: list[Curve], path: Path, title: str) -> None:
 
 
 def plot_history(rows: list[dict], path: Path) -> None:
-    """Six panels over the steps of a run: thin = each step, thick = mean of the last ten."""
+    """Six panels over the steps of a run: thin = each step, thick = mean of ten."""
     best = next(key for key in rows[0] if key.endswith("@k"))
     panels = {"reward": "mean reward", best: f"{best} at the training k",
-              "entropy": "entropy (nats per answer)", "zero_weight_prompts": "without signal",
-              "completion_tokens": "tokens per answer", "grad_norm": "gradient norm, unclipped"}
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    for axis, (column, title) in zip(figure.subplots(2, 3, sharex=True).flat, panels.items()):
+              "entropy": "entropy (nats per answer)",
+              "zero_weight_prompts": "without signal",
+              "completion_tokens": "tokens per answer",
+              "grad_norm": "gradient norm, unclipped"}
+    figure, look = Figure(figsize=(11, 5.6), layout="constrained"), {"color": "#0072b2"}
+    axes = figure.subplots(2, 3, sharex=True).flat
+    for axis, (column, title) in zip(axes, panels.items()):
         steps, values = zip(*((row["step"], row[column]) for row in rows))
-        axis.plot(steps, values, color=LOOKS[1]["color"], alpha=0.3, linewidth=0.8)
-        axis.plot(steps, running_mean(values), color=LOOKS[1]["color"], linewidth=2)
+        axis.plot(steps, values, alpha=0.3, linewidth=0.8, **look)
+        axis.plot(steps, running_mean(values), linewidth=2, **look)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
 def running_mean(values, size: int = 10) -> list[float]:
-    parts = (values[max(0, i - size + 1):i + 1] for i in range(len(values)))
-    return [sum(part) / len(part) for part in parts]
+    return [fmean(values[max(0, i - size):i]) for i in range(1, len(values) + 1)]
 
 
 # ---------------------------------------------------------------- the script
 
-def read_samples(path: Path) -> tuple[list[Problem], list[list[Answer]], str]:
-    """Problems [M], answers [M][n] and data set of a samples file. UserError with its line."""
-    problems, groups, data = [], [], set()
+def read_samples(path: Path) -> Samples:
+    """A samples file. UserError names the line that cannot be right."""
+    problems, groups, digests, settings, lines = [], [], [], {}, {}
     for number, row in cli.read_rows(path):
+        where = f"{path}, line {number}"
         try:
             texts = [row[name] for name in ("id", "problem", "answer", "task", "data")]
             group = [Answer(each["text"], bool(each["finished"]), int(each["tokens"]))
                      for each in row["answers"]]
-            if not all(isinstance(x, str) for x in [*texts, *(each.text for each in group)]):
-                raise TypeError("id, problem, answer, task, data and texts must be text")
+            if not all(isinstance(x, str) for x in [*texts, *(a.text for a in group)]):
+                raise TypeError("id, problem, answer, task, data or a text is no text")
             if not group or not all(0 <= each.tokens < 2**31 for each in group):
                 raise ValueError("no answers, or impossible tokens")
             problems.append(Problem(*texts[:4]))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise UserError(f"{path}, line {number}: not a row of sample.py "
+            raise UserError(f"{where}: not a row of sample.py "
                             f"({type(error).__name__}: {error})") from error
+        if (before := lines.setdefault(row["id"], number)) != number:
+            cli.fail(f"{where}: the id {row['id']!r} is that of line {before} already")
+        for name in (*SHARED, "model", "weights", "seed"):
+            if settings.setdefault(name, row.get(name)) != row.get(name):
+                cli.fail(f"{where}: {name} is {row.get(name)!r}, but "
+                         f"{settings[name]!r} in the first line")
         groups.append(group)
-        data.add(row["data"])
-    if len(data) != 1:
-        raise UserError(f"samples file {path} holds {len(data)} data sets, but must hold one")
-    return problems, groups, data.pop()
+        digests.append(row.get("digest"))
+    if not problems:
+        cli.fail(f"samples file {path} holds no samples")
+    return Samples(problems, groups, settings, digests)
 
 
-def evaluate(args: argparse.Namespace, source: str, name: str) -> list[Curve]:
-    """Curves of one --model entry, one per data set: a samples file is read, a model sampled."""
+def graded_anew(samples: Samples, path: str) -> Samples:
+    """With the gold answers that the data holds now, where it can be had."""
+    data, mended = samples.settings["data"], 0
     try:
-        ks = tuple(sorted({int(k) for k in args.k.split(",")})) if args.k else None
+        now = {p.id: p for p in tasks.load_problems(data)}
+    except UserError as error:
+        print(f"{path}: graded with its own gold answers, because {error}")
+        return samples
+    for old, digest in zip(samples.problems, samples.digests):
+        new = now.get(old.id)
+        if not new or sample.fingerprint(replace(new, answer=old.answer)) != digest:
+            cli.fail(f"{path}: problem {old.id!r} is not what {data} holds now: "
+                     "sample it again")
+        mended += new.answer != old.answer
+    if mended:
+        print(f"{path}: graded with {mended} answers that have changed in {data} since")
+    return samples._replace(problems=[now[p.id] for p in samples.problems])
+
+
+def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
+    """Settings per --model entry, and the samples of those that are files.
+
+    In SHARED all are alike: as the flags say, else as files and runs were sampled;
+    the other models follow. UserError before anything is sampled.
+    """
+    args.dtype = args.dtype and policy.pick_dtype(args.dtype)
+    try:
+        args.k = args.k and tuple(sorted({int(k) for k in args.k.split(",")}))
     except ValueError:
-        raise UserError(f"--k is {args.k!r}, but must be a number or a list (1,4,16)") from None
-    if source.endswith(".jsonl"):
-        given = [word for word in sample.SAMPLING[2:] if getattr(args, word) is not None]
-        if given and all(each.endswith(".jsonl") for each in args.model):
-            raise UserError(f"{cli.flag(given[0])} does not apply to samples that are drawn "
-                            "already: leave it out")
-        curve = curve_of(Path(source), name, ks)
-        if args.data and curve.data not in args.data.split(","):
-            raise UserError(f"{source} holds answers to {curve.data!r}, not to --data {args.data}")
-        return [curve]
-    args = argparse.Namespace(**{**vars(args), "model": source})
-    sample.settle(args)
-    check_ks(ks or (1,), args.n, f"--model {source}")
-    files = {}
+        cli.fail(f"--k is {args.k!r}, but must be a number or a list (1,4,16)")
+    entries = {each: argparse.Namespace(**{**vars(args), "model": each}) for each in args.model}
+    files = {each: read_samples(Path(each)) for each in entries if each.endswith(".jsonl")}
+    for source, entry in entries.items():
+        if source not in files:
+            sample.settle(entry)
+            continue
+        vars(entry).update(files[source].settings)
+        if entry.data in (args.data or "").split(","):
+            entry.data = args.data
+    own = [each for each in entries if each in files or run.flags_of(each)] or entries
+    for name in SHARED:
+        values = {each: getattr(entries[each], name) for each in own}
+        if getattr(args, name) is not None:
+            values = {"the command line": getattr(args, name), **values}
+        (first, value), *others = values.items()
+        for other, differs in others:
+            if differs != value:
+                cli.fail("what is compared must be sampled alike, but "
+                         f"{name} is {value!r} in {first} and {differs!r} in {other}")
+        if value is None and name != "limit" and len(entries) > 1:
+            cli.fail(f"{first} does not say its {name}: it cannot be compared")
+        for source in entries.keys() - files.keys():
+            setattr(entries[source], name, value)
+    for source, entry in entries.items():
+        n = min(map(len, files[source].groups)) if source in files else entry.n
+        check_ks(args.k or (1,), n, source)
+    files = {path: graded_anew(each, path) for path, each in files.items()}
+    asked = {}
+    for path, each in files.items():
+        for p in each.problems:
+            known = asked.setdefault((each.settings["data"], p.id), p)
+            if (p.question, p.answer) != (known.question, known.answer):
+                cli.fail(f"{path}: problem {p.id!r} is another one than in the files before")
+    return entries, files
+
+
+def names_of(sources: list[str]) -> dict[str, str]:
+    """What tables and legends call them: what they are, where that tells them apart."""
+    names = {source: describe(source) for source in sources}
+    counts = Counter(names.values())
+    return {source: source if counts[name] > 1 else name
+            for source, name in names.items()}
+
+
+def describe(source: str) -> str:
+    """"RSPO k = 8, step 400" of a run or one of its checkpoints, else its name."""
+    flags, name = run.flags_of(source), Path(source).name
+    checkpoint = flags and run.resolve_model(source)[1].name
+    if not flags or not re.fullmatch(r"step_\d+", checkpoint):
+        return name
+    step, last = int(checkpoint[5:]), flags["steps"]
+    when = f"step {step}" if step == last else f"step {step} of {last}"
+    if step < last and name != checkpoint:
+        when = f"unfinished: {step} of {last}"
+    method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(flags["objective"])
+    return f"{method or flags['objective']} k = {flags['k']}, {when}"
+
+
+def sample_model(args) -> list[Samples]:
+    """Samples of a model, one per data set, from files beside the figure."""
+    folder, jobs = args.out.with_suffix(""), {}
     for data in args.data.split(","):
-        state = hashlib.sha256(repr(sample.settings_of(args, data)).encode()).hexdigest()[:8]
-        stem = "-".join(re.sub(r"[^\w.]", "-", Path(part).name) for part in (source, data))
-        files[args.out.with_suffix("") / f"{stem}-{state}.jsonl"] = data
-    sample.sample_files(args, files)
-    return [curve_of(path, name, ks) for path in files]
+        problems = tasks.load_problems(data, args.limit)
+        heads = sample.heads_of(args, data, problems)
+        stem = "-".join(re.sub(r"[^\w.]", "-", Path(part).name) for part in (args.model, data))
+        path = folder / f"{stem}-{sample.digest(heads)[:8]}.jsonl"
+        if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):
+            print(f"{args.model} on {data}: settings, weights or problems have changed "
+                  "since the last time: sampled again")
+        jobs[path] = problems, heads
+    sample.sample_files(args, jobs)
+    return [read_samples(path) for path in jobs]
 
 
-def curve_of(path: Path, name: str, ks: tuple[int, ...] | None) -> Curve:
-    """Curve of a samples file, graded now."""
-    problems, groups, data = read_samples(path)
-    rewards, _ = tasks.grade_all(problems, groups)
-    more = describe_answers(groups, rewards)
-    return replace(make_curve(name, problems, rewards, ks), data=data, more=more)
+def curve_of(samples: Samples, name: str, ks: tuple[int, ...] | None) -> Curve:
+    """Curve of samples, graded now."""
+    problems, groups, settings, _ = samples
+    rewards, failures = tasks.grade_all(problems, groups)
+    if failures:
+        print(f"{failures} of {sum(map(len, groups))} answers of {name} could not be graded "
+              "and count as wrong")
+    return replace(make_curve(name, problems, rewards, ks), data=settings["data"],
+                   more=describe_answers(groups, rewards), failures=failures)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(__doc__, SETTINGS, argv)
-    args.model, args.out = args.model or ["toy"], args.out or SETTINGS["out"].default
-    names = [Path(source).name for source in args.model]
-    curves = [curve for source, name in zip(args.model, names)
-              for curve in evaluate(args, source, name if names.count(name) == 1 else source)]
+    args.model = list(dict.fromkeys(args.model or ["toy"]))
+    args.out = args.out or SETTINGS["out"].default
+    entries, files = settle(args)
+    curves = []
+    for source, name in names_of(args.model).items():
+        found = [files[source]] if source in files else sample_model(entries[source])
+        curves += [curve_of(samples, name, args.k) for samples in found]
     order = list(dict.fromkeys(curve.data for curve in curves))
     curves.sort(key=lambda curve: order.index(curve.data))
     print(table(curves))

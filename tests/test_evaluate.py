@@ -2,14 +2,17 @@
 
 1. A curve equals brute force over all subsets, problem by problem, also where problems have
    different n. The majority vote counts the most frequent box.
-2. The interval is Student's: over problems, or over seeds and problems, where it covers the truth
-   about new ones. A comparison is paired by problem. A star means that 0 is outside.
+2. The interval of a change is Student's: over problems, or over seeds and problems, where it
+   covers the truth about new ones. That of a share covers it on hard and easy sets, too, where
+   Student's does not. A comparison is paired by problem. A star means that 0 is outside.
 3. No number is lost in the table, which has at most 100 columns, and the file beside the figure
    holds the same. No figure needs or changes a backend of matplotlib.
 4. evaluate.py takes the toy, a run directory, a checkpoint and samples files, alone or together,
-   and says the same about a model as about its samples. Killed, it goes on to the same bytes. A
-   model that has changed is sampled again.
-5. k > n is refused with the numbers, a broken samples file with file and line.
+   and says the same about a model as about its samples. Killed, it goes on to the same bytes.
+5. Like with like: all of a comparison is sampled at the same settings or refused. Content decides,
+   not names: changed weights, questions and gold answers are noticed, in any row. Nothing is a
+   silent zero.
+6. k > n is refused with the numbers, a broken samples file with file and line.
 """
 
 import csv
@@ -17,16 +20,20 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 from itertools import combinations
 
+import numpy
 import pytest
 import torch
 from conftest import ROOT
 
 import evaluate
+import rspo
 import sample
 import train
 from evaluate import Answer, Curve, difference, interval, make_curve, read_samples, table
@@ -82,6 +89,8 @@ def test_the_majority_vote_counts_the_most_frequent_box_and_shares_a_tie():
     found = evaluate.describe_answers(groups, rewards)
     assert {name: values.tolist() for name, values in found.items()} == {
         "maj@4": [0, 0.5, 0.5, 0], "tokens": [2.5, 2.5, 5, 9], "cut off": [0, 0, 0.5, 1]}
+    groups[0] = groups[0] + box("3", "3")  # of six answers four vote, as the name says
+    assert evaluate.describe_answers(groups, rewards)["maj@4"].tolist() == [0, 0.5, 0.5, 0]
 
 
 # ---------------------------------------------------------------- 2. intervals and comparisons
@@ -153,6 +162,53 @@ def test_the_interval_covers_the_truth_over_new_seeds_and_new_problems(of_seeds,
     assert 0.94 <= covered / trials <= 0.999
 
 
+# chance that an answer to a problem is right, over problems: Beta(a, b)
+AIME, HARDER, MATH = (0.15, 1.5), (0.1, 3.0), (1.0, 0.6)
+
+
+def coverage(interval_of, a, b, M, k, n=64, trials=2000):
+    """How often the interval of pass@k, of n answers to M problems, holds the truth."""
+    rng = numpy.random.default_rng(M * 1000 + k)
+    right = rng.binomial(n, rng.beta(a, b, (M, trials)))
+    chance = torch.stack([rspo.pass_at_k([1.0] * c + [0.0] * (n - c), k) for c in range(n + 1)])
+    truth = 1 - math.exp(math.lgamma(b + k) + math.lgamma(a + b) - math.lgamma(b)
+                         - math.lgamma(a + b + k))  # of 1 - (1 - w)^k
+    low, high = interval_of(chance[torch.tensor(right)])  # (M, trials)
+    return ((low <= truth + 1e-9) & (truth - 1e-9 <= high)).double().mean().item()
+
+
+def students(values):
+    mean, half = interval(values)
+    return mean - half, mean + half
+
+
+@pytest.mark.parametrize("kind", [AIME, HARDER, MATH])
+def test_the_interval_of_a_level_covers_the_truth_on_hard_and_easy_sets(kind):
+    shares = lambda values: evaluate.level("pass@", values)[1:]
+    plain = []
+    for M in (30, 40, 200, 500):
+        for k in evaluate.powers_of_two(64):
+            assert coverage(shares, *kind, M, k) >= 0.94, (M, k)
+            plain.append(coverage(students, *kind, M, k))
+    assert min(plain) < 0.94  # Student's alone is too narrow
+    assert kind != MATH or min(plain) < 0.5
+
+
+def test_the_interval_of_a_level_stays_between_0_and_1_around_the_mean():
+    torch.manual_seed(0)
+    values = torch.rand(3, 9, 4).double().round() * torch.tensor([0, 1, 0.5, 1])
+    values[..., 3] = 1
+    mean, low, high = evaluate.level("pass@", values)
+    torch.testing.assert_close(mean, values.mean((0, 1)))
+    assert ((0 <= low) & (low <= mean) & (mean <= high) & (high <= 1)).all()
+    assert (low < high).all() and high[3] == 1 and low[0] == 0
+    two = torch.cat([values, torch.zeros(3, 1, 4), torch.ones(3, 1, 4)], 1)  # over seeds, too
+    middle, half = interval(two)
+    torch.testing.assert_close(low[1], (middle - half).clamp(min=0)[1])
+    tokens = evaluate.level("tokens", 90 * values)
+    torch.testing.assert_close(torch.stack(tokens[1:]), torch.stack(students(90 * values)))
+
+
 def test_a_comparison_is_paired_by_problem():
     before = make_curve("b", PROBLEMS, RIGHT, (1, 2, 4))
     shuffled = make_curve("a", PROBLEMS[::-1][:9], RIGHT[::-1][:9], (2, 4, 5))
@@ -200,10 +256,11 @@ def test_a_star_marks_changes_whose_interval_excludes_0():
     after = flat("run", [.3, .5], [.4, .875], [.5, .125], [.62, .5])
     head, first, second, change, last = table([base, after]).splitlines()
     assert head.split() == ["pass@1", "pass@2"]
-    assert first.split() == ["base", ".250+-.205", ".500+-.000"]
-    assert second.split() == ["run", ".455+-.218", ".500+-.487"]
+    assert first.split() == ["base", ".250+-.457", ".500+-.332"]
+    assert second.split() == ["run", ".455+-.366", ".500+-.415"]
     assert change.split()[-2:] == ["+.205+-.016*", "+.000+-.487"]
-    assert last.startswith("95 % intervals over 4 problems; * = a change whose interval")
+    assert change.startswith("  minus base (4 problems) ")
+    assert last.endswith("over 4 problems; * = a change whose interval excludes 0")
 
 
 @pytest.mark.parametrize("mean, half, minus, shown", [
@@ -212,7 +269,7 @@ def test_a_star_marks_changes_whose_interval_excludes_0():
     (.5, math.nan, "base", "+.500+-nan"), (.5, .01, "", ".500+-.010"), (1, 0, "", "1.000+-.000"),
     (20.04, 1.5, "", "20.0+-1.5"), (-20.04, 1.5, "base", "-20.0+-1.5*")])
 def test_a_cell_is_a_number_its_half_width_and_a_star(mean, half, minus, shown):
-    row = {"mean": mean, "half_width_95": half, "minus": minus}
+    row = {"mean": mean, "low_95": mean - half, "high_95": mean + half, "minus": minus}
     assert evaluate.cell(row).strip() == shown
 
 
@@ -245,6 +302,7 @@ def test_the_numbers_are_of_each_data_set_and_its_own_problems():
     problems = {key: row["problems"] for key, row in zip(found, rows)}
     assert list(problems.values()) == [6, 6, 6, 3, 2, 4]  # two of c's problems are a's
     text = table([*here, other, *there])
+    assert "minus a (6 problems)" in text and "minus a (2 problems)" in text
     assert "over 6, 3, 2, 4 problems" in text or "over 6, 3, 4 problems" in text
 
 
@@ -288,13 +346,13 @@ def go(capsys):
 
 
 def numbers(path):
-    """Of a .csv: (data, model, minus) -> metric -> mean and half width."""
+    """Of a .csv: (data, model, minus) -> metric -> mean and both ends of its interval."""
     found = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             key = row["data"], row["model"], row["minus"]
-            both = float(row["mean"]), float(row["half_width_95"])
-            found.setdefault(key, {})[row["metric"]] = both
+            each = tuple(float(row[name]) for name in ("mean", "low_95", "high_95"))
+            found.setdefault(key, {})[row["metric"]] = each
     return found
 
 
@@ -323,25 +381,27 @@ def test_a_model_and_its_samples_are_judged_alike(go, tmp_path, trained):
                  "--model", *samples, *samples.values())
     found = numbers(figure.with_suffix(".csv"))
     of = lambda name: found["countdown:test", name, ""]
-    assert of("toy") == of("0.jsonl") != of("trained")
-    assert of("trained") == of("1.jsonl") == of("step_000007") == of("2.jsonl")
+    run_name, checkpoint = "RSPO k = 4, unfinished: 7 of 400", "RSPO k = 4, step 7 of 400"
+    assert of("toy") == of("0.jsonl") != of(run_name)
+    assert of(run_name) == of("1.jsonl") == of(checkpoint) == of("2.jsonl")
     assert set(of("toy")) == {"pass@1", "pass@2", "pass@4", "pass@8", "maj@8", "tokens", "cut off"}
 
-    problems, groups, data = read_samples(samples["toy"])
+    problems, groups, *_ = read_samples(samples["toy"])
     rewards = [[float(a.finished) * tasks.grade_countdown(a.text, p.answer) for a in group]
                for p, group in zip(problems, groups)]
     by_hand = make_curve("", problems, rewards)
-    for k, mean, half in zip(by_hand.ks, *interval(by_hand.values)):
-        assert of("toy")[f"pass@{k}"] == pytest.approx((mean.item(), half.item()), rel=1e-6)
+    for k, *each in zip(by_hand.ks, *evaluate.level("pass@", by_hand.values)):
+        expected = tuple(value.item() for value in each)
+        assert of("toy")[f"pass@{k}"] == pytest.approx(expected, rel=1e-6)
     assert of("toy")["cut off"][0] == statistics.fmean(not a.finished for g in groups for a in g)
-    assert set(found["countdown:test", "0.jsonl", "toy"].values()) == {(0.0, 0.0)}
+    assert set(found["countdown:test", "0.jsonl", "toy"].values()) == {(0.0, 0.0, 0.0)}
     assert "over 9 problems" in printed and figure.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_brings_its_own_settings(go, tmp_path, trained):
     printed = go(evaluate, "--model", trained, "--n", 2, "--out", tmp_path / "x.png")
-    head = "countdown:test pass@1 pass@2 maj@2 tokens cut off".split()
-    assert "over 9 problems" in printed and printed.splitlines()[0].split() == head
+    head = "countdown:test pass@1 pass@2 maj@2 tokens".split()
+    assert "over 9 problems" in printed and printed.splitlines()[0].split()[:5] == head
     [samples] = (tmp_path / "x").iterdir()
     row = json.loads(samples.read_text().split("\n")[0])
     assert (row["temperature"], row["max_new_tokens"], row["n"]) == (1.0, 12, 2)
@@ -399,18 +459,208 @@ def test_an_evaluation_that_was_killed_goes_on_and_says_the_same(go, monkeypatch
 
 
 def test_a_model_that_has_changed_is_sampled_again(go, tmp_path, trained):
-    flags = ["--model", trained, "--n", 2, "--out", tmp_path / "x.png"]
+    """A folder by its files' sizes and times, a checkpoint by its own checksums."""
+    model, later = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(run.TOY, model)
+    shutil.copytree(trained, later)
+    flags = ["--model", model, later, "--n", 2, "--max-new-tokens", 12, "--limit", 3,
+             "--data", "countdown:test", "--out", tmp_path / "x.png"]
+    said = "have changed since the last time: sampled again"
+    assert said not in go(evaluate, *flags)
+    assert go(evaluate, *flags).count("is complete") == 2
+    (model / "model.safetensors").touch()
+    (later / "step_000007" / "adapter_model.safetensors").touch()  # the same numbers
+    printed = go(evaluate, *flags)
+    assert printed.count("is complete") == 1 and f"{model} on countdown:test" in printed
+    assert said in printed
+    save(later, 0.2, step=7)  # under the same name
+    printed = go(evaluate, *flags)
+    assert printed.count("is complete") == 1 and f"{later} on countdown:test" in printed
+    assert len(list((tmp_path / "x").iterdir())) == 4
+
+
+# ---------------------------------------------------------------- 5. like with like
+
+def make_run(folder, std=0.0, step=7, **flags):
+    """A run directory whose newest checkpoint is that of `step`, as train.py leaves it."""
+    words = [word for name, value in {"run": folder, "limit": 20, "lora_rank": 4, **flags}.items()
+             for word in (f"--{name.replace('_', '-')}", str(value))]
+    args = train.settle(words)
+    args.data, args.eval_data = "countdown:train", "countdown:test"
+    made = run.Run(folder, train.config_of(args, [], []))
+    made._lock.close()
+    save(folder, std, step)
+    return folder
+
+
+def save(folder, std, step):
+    shutil.rmtree(folder / f"step_{step:06d}", ignore_errors=True)
+    model = policy.add_lora(policy.load_model(str(run.TOY))[0], 4, seed=0)
+    for name, parameter in policy.trainable(model).items():
+        if std and "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    made = run.Run.__new__(run.Run)
+    made.folder, made.step = folder, step
+    made.save(policy.Learner(model, 1e-3, 1.0, 10**4))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_policy_that_never_moved_gains_nothing_whatever_it_was_trained_at(go, tmp_path):
+    """At temperature .6 it "gained" +.075 +- .020 on its own base, which was sampled at 1."""
+    still = make_run(tmp_path / "still", temperature=0.6, max_new_tokens=9, seed=3)
+    go(evaluate, "--model", "toy", still, "--n", 8, "--out", tmp_path / "x.png")
+    sampled = [rows_of(path) for path in (tmp_path / "x").iterdir()]
+    assert [len(rows) for rows in sampled] == [20, 20]
+    for name, value in {"temperature": 0.6, "max_new_tokens": 9, "limit": 20, "n": 8}.items():
+        assert {row[name] for rows in sampled for row in rows} == {value}
+    found = numbers(tmp_path / "x.csv")
+    change = found["countdown:test", "RSPO k = 4, unfinished: 7 of 400", "toy"]
+    assert all(low <= 0 <= high for _, low, high in change.values())
+
+
+@pytest.mark.parametrize("name, values", [
+    ("temperature", (0.6, 1.0)), ("max_new_tokens", (9, 12)), ("limit", (20, 21))])
+def test_runs_of_other_settings_are_compared_at_what_the_flags_say_or_refused(
+        go, monkeypatch, tmp_path, name, values):
+    runs = [make_run(tmp_path / f"run{i}", **{name: value}) for i, value in enumerate(values)]
+    flags = ["--model", *runs, "--n", 2, "--out", tmp_path / "x.png"]
+    with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
+        patch.setattr(sample, "open_sampler", lambda *_: 1 / 0)
+        go(evaluate, *flags)
+    said = f"{name} is {values[0]!r} in {runs[0]} and {values[1]!r} in {runs[1]}"
+    assert said in str(refused.value) and not (tmp_path / "x").exists()
+    go(evaluate, *flags, f"--{name.replace('_', '-')}", values[0])
+    for path in (tmp_path / "x").iterdir():
+        assert {row[name] for row in rows_of(path)} == {values[0]}
+
+
+@pytest.mark.parametrize("flag, values", [
+    ("--temperature", (1.0, 0.5)), ("--n", (2, 4)), ("--max-new-tokens", (12, 9)),
+    ("--limit", (5, 6)), ("--data", ("countdown:test", "countdown:train"))])
+def test_samples_files_of_other_settings_are_not_compared(
+        go, monkeypatch, tmp_path, flag, values):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, value in zip(files, values):
+        given = {"--n": 2, "--limit": 5, flag: value, "--out": path}
+        go(sample, *(word for pair in given.items() for word in pair))
+    said = f"is {values[0]!r} in {files[0]} and {values[1]!r} in {files[1]}"
+    monkeypatch.setattr(sample, "open_sampler", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=re.escape(said)):
+        go(evaluate, "--model", *files, "--out", tmp_path / "x.png")
+    with pytest.raises(UserError, match=re.escape(f"is {values[1]!r} in the command line")):
+        go(evaluate, "--model", files[0], flag, values[1], "--out", tmp_path / "x.png")
+
+
+DATA = [{"id": f"p{i}", "problem": f"{i}", "answer": "1", "prompt": f"{i}{i}="}
+        for i in range(1, 6)]
+FROM_FILE = ["--n", 2, "--max-new-tokens", 5, "--limit", 5]
+CHANGES = [{"problem": "another"}, {"prompt": "77="}, {"answer": "2"}, {"level": 3}, {"id": "q"}]
+
+
+def write_data(path, **last):
+    """Five problems, of which the last is changed."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*DATA[:4], DATA[4] | last]))
+
+
+@pytest.mark.parametrize("last", CHANGES)
+def test_a_problem_that_has_changed_is_noticed_and_sampled_again(go, tmp_path, last):
+    data, out = tmp_path / "data.jsonl", tmp_path / "s.jsonl"
+    write_data(data)
+    flags = ["--data", data, *FROM_FILE]
+    go(evaluate, *flags, "--out", tmp_path / "x.png")
+    go(sample, *flags, "--out", out)
+    before = out.read_text()
+    write_data(data, **last)
+    printed = go(evaluate, *flags, "--out", tmp_path / "x.png")
+    assert "have changed since the last time: sampled again" in printed
+    with pytest.raises(UserError, match=r"was made with \w+ = .*line 5"):
+        go(sample, *flags, "--out", out)
+    assert out.read_text() == before
+
+
+def test_gold_answers_are_those_of_the_data_as_they_are_now(go, tmp_path):
+    data, out = tmp_path / "data.jsonl", tmp_path / "s.jsonl"
+    write_data(data)
+    go(sample, "--data", data, *FROM_FILE, "--out", out)
+    rows = rows_of(out)
+    for row in rows:
+        row["answers"] = [{"text": "\\boxed{2}", "finished": True, "tokens": 3}] * 2
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", out, "--out", tmp_path / "x.png"]
+    right = lambda: numbers(tmp_path / "x.csv")[str(data), "s.jsonl", ""]["pass@1"][0]
     go(evaluate, *flags)
-    assert "is complete" in go(evaluate, *flags)
-    (trained / "step_000007" / "adapter_model.safetensors").touch()
-    assert "is complete" not in go(evaluate, *flags)
-    assert len(list((tmp_path / "x").iterdir())) == 2
+    assert right() == 0
+    write_data(data, answer="2")
+    assert f"graded with 1 answers that have changed in {data} since" in go(evaluate, *flags)
+    assert right() == pytest.approx(0.2)
+    data.unlink()
+    assert "graded with its own gold answers, because" in go(evaluate, *flags)
+    assert right() == 0
+    for last in (change for change in CHANGES if "answer" not in change):
+        write_data(data, **last)
+        with pytest.raises(UserError, match="problem 'p5' is not what .* holds now"):
+            go(evaluate, *flags)
 
 
-# ---------------------------------------------------------------- 5. refusals
+def test_files_whose_data_are_gone_must_still_ask_the_same(go, tmp_path):
+    data, files = tmp_path / "data.jsonl", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, last in zip(files, ({}, {"problem": "another"})):
+        write_data(data, **last)
+        go(sample, "--data", data, *FROM_FILE, "--out", path)
+    data.unlink()
+    with pytest.raises(UserError, match="b.jsonl: problem 'p5' is another one"):
+        go(evaluate, "--model", *files, "--out", tmp_path / "x.png")
+
+
+def test_a_file_is_not_continued_with_other_weights(go, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample.HFSampler, "block", 2)
+    folder, out = make_run(tmp_path / "run", std=0.1), tmp_path / "s.jsonl"
+    flags = ["--model", folder, "--n", 2, "--limit", 6, "--out", out]
+    go(sample, *flags)
+    whole = out.read_text()
+    half = "".join(whole.splitlines(keepends=True)[:3])
+    out.write_text(half)
+    save(folder, 0.2, 7)  # other numbers under the same names
+    with pytest.raises(UserError, match="was made with weights = "):
+        go(sample, *flags)
+    assert out.read_text() == half
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join([*lines[:3], lines[3].replace('"weights": "', '"weights": "0')]))
+    save(folder, 0.1, 7)
+    with pytest.raises(UserError, match="was made with weights = "):  # every row is looked at
+        go(sample, *flags)
+
+
+def test_answers_that_the_grader_lost_are_counted_printed_and_written(go, monkeypatch, tmp_path):
+    data = tmp_path / "data.jsonl"
+    write_data(data)
+    grade_all = tasks.grade_all
+    monkeypatch.setattr(tasks, "grade_all", lambda *given: (grade_all(*given)[0], 3))
+    printed = go(evaluate, "--data", data, *FROM_FILE, "--out", tmp_path / "x.png")
+    assert "3 of 10 answers of toy could not be graded and count as wrong" in printed
+    with (tmp_path / "x.csv").open(newline="") as file:
+        assert {row["grader_failures"] for row in csv.DictReader(file)} == {"3"}
+
+
+def test_models_are_called_what_they_are_and_never_alike(tmp_path):
+    a = make_run(tmp_path / "a" / "x", k=8, step=400)
+    b = make_run(tmp_path / "b" / "x", k=8, step=400, seed=1)
+    c = make_run(tmp_path / "c", k="8:1", objective="groupmax", step=250)
+    checkpoint = str(c / "step_000250")
+    a, b, c = map(str, (a, b, c))
+    assert evaluate.names_of(["toy", a, c, checkpoint, "s/1.jsonl"]) == {
+        "toy": "toy", a: "RSPO k = 8, step 400", c: "groupmax k = 8:1, unfinished: 250 of 400",
+        checkpoint: "groupmax k = 8:1, step 250 of 400", "s/1.jsonl": "1.jsonl"}
+    assert evaluate.names_of([a, b]) == {a: a, b: b}
+
+
+# ---------------------------------------------------------------- 6. refusals
 
 GOOD = {"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=22",
-        "data": "countdown", "answers": [{"text": "3*5+7", "finished": True, "tokens": 6}] * 3}
+        "data": "somewhere", "answers": [{"text": "3*5+7", "finished": True, "tokens": 6}] * 3}
 
 
 @pytest.mark.parametrize("bad", [
@@ -426,29 +676,36 @@ def test_a_broken_samples_file_is_refused_with_file_and_line(go, tmp_path, bad):
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join([json.dumps(GOOD), bad, json.dumps({**GOOD, "id": "j"})]))
     if not bad:  # an empty line is none
-        return go(evaluate, "--model", path, "--out", tmp_path / "x.png")
+        assert "pass@1" in go(evaluate, "--model", path, "--out", tmp_path / "x.png")
+        return
     with pytest.raises(UserError) as refused:
         go(evaluate, "--model", path, "--out", tmp_path / "x.png")
     assert f"{path}, line 2" in str(refused.value) and not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "holds 0 data sets"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read"),
-    ("\n".join(json.dumps({**GOOD, "data": d}) for d in "ab").encode(), "holds 2 data sets")])
+    (b"", "holds no samples"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read"),
+    *[("\n".join(json.dumps({**GOOD, "id": name, key: name}) for name in "ab").encode(),
+       f", line 2: {key} is 'b', but 'a' in the first line")
+      for key in ("data", "temperature", "weights", "seed", "model")],
+    ("\n".join([json.dumps(GOOD)] * 2).encode(), ", line 2: the id 'i' is that of line 1")])
 def test_an_empty_or_missing_or_mixed_samples_file_is_refused(tmp_path, content, said):
     if content is not None:
         (tmp_path / "s.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=f"s.jsonl {said}"):
+    with pytest.raises(UserError, match=f"s.jsonl ?{said}"):
         read_samples(tmp_path / "s.jsonl")
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--n 4 --k 1,8", "k is 8, but --model toy has n = 4"), ("--n 4 --k 0", "k is 0"),
+    ("--n 4 --k 1,8", "k is 8, but toy has n = 4"), ("--n 4 --k 0", "k is 0"),
     ("--k x", "--k is 'x', but must be a number or a list (1,4,16)"), ("--k 1,,2", "'1,,2'"),
     ("--model s.jsonl --k 4", "k is 4, but s.jsonl has n = 3"), ("--model s.jsonl --k 0", "k is 0"),
-    ("--model s.jsonl --n 3", "--n does not apply to samples that are drawn already"),
-    ("--model s.jsonl --data math500", "holds answers to 'countdown', not to --data math500"),
-    ("--model tox", "'tox' is unknown, did you mean 'toy'"), ("--data mathh", "did you mean"),
+    ("--model s.jsonl --n 4", "n is 4 in the command line and None in s.jsonl"),
+    ("--model s.jsonl --data math500",
+     "data is 'math500' in the command line and 'somewhere' in s.jsonl"),
+    ("--model tox", "'tox' is unknown, did you mean 'toy'"),
+    ("--model toy tox", "'tox' is unknown"), ("--model toy runs/x", "runs/x does not exist"),
+    ("--model toy s.jsonl", "s.jsonl does not say its n"), ("--data mathh", "did you mean"),
     ("--temperature -1", "--temperature is -1"), ("--tempreature 1", "did you mean")])
 def test_what_cannot_be_estimated_is_refused_before_any_figure(
         go, monkeypatch, tmp_path, flags, said):

@@ -25,6 +25,7 @@ from test_policy import ARCHITECTURES, save_model, with_adapter
 
 import evaluate
 import sample
+import train
 from lib import cli, policy, run, tasks
 from lib.cli import UserError
 from sample import HFSampler, Rollout
@@ -180,10 +181,68 @@ def test_the_same_seed_gives_the_same_rollouts_and_another_gives_others(sampler_
 def test_each_block_of_problems_has_its_own_seeds_and_can_be_the_first(sampler_of, monkeypatch):
     monkeypatch.setattr(HFSampler, "block", 2)
     problems = [SimpleNamespace(prompt_ids=(4, 5, 6))] * 5
-    blocks = list(sample.sample_blocks(sampler_of(), problems, 3, 0, ""))
+    blocks = list(sample.sample_blocks(sampler_of(), problems, 3, (0, "test"), ""))
     assert [len(block) for block in blocks] == [2, 2, 1]
     assert len({tuple(ids_of(block)[:3]) for block in blocks}) == 3
-    assert list(sample.sample_blocks(sampler_of(), problems, 3, 0, "", start=2)) == blocks[1:]
+    again = sample.sample_blocks(sampler_of(), problems, 3, (0, "test"), "", start=2)
+    assert list(again) == blocks[1:]
+
+
+def recording_vllm(model, tokenizer, taken):
+    """vLLM's part that VLLMSampler speaks to. It notes the seed of each answer, as vLLM draws it
+    (request seed + index), and lets the plain sampler answer."""
+    own = HFSampler(model, tokenizer, [1], 1.0, 12)
+
+    def generate(asked, settings, lora_request, use_tqdm):
+        results = []
+        for prompt, each in zip(asked, settings, strict=True):
+            taken.extend(each["seed"] + j for j in range(each["n"]))
+            [group] = own.generate([prompt["prompt_token_ids"]], each["n"], each["seed"])
+            results.append(SimpleNamespace(outputs=[
+                SimpleNamespace(index=j, token_ids=r.completion_ids,
+                                logprobs=SimpleNamespace(logprobs=r.logprobs))
+                for j, r in enumerate(group)]))
+        return results
+
+    engine = SimpleNamespace(remove_lora=lambda _: None)
+    return SimpleNamespace(generate=generate, llm_engine=engine)
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_no_two_samples_share_a_random_stream(monkeypatch, tmp_path, kind):
+    """Over steps, problems, blocks of evaluations, seeds 31 and 32, and sample.py's own."""
+    taken, calls = [], []
+    fake = SimpleNamespace(SamplingParams=dict, TokensPrompt=dict, LLM=None, __version__="0")
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(
+        LoRARequest=lambda name, number, path: SimpleNamespace(lora_int_id=number)))
+    monkeypatch.setattr(sample, "pick_sampler", lambda _: kind)
+    monkeypatch.setattr(HFSampler, "block", 3)
+    monkeypatch.setattr(sample.VLLMSampler, "block", 3)
+
+    def make(args, model, tokenizer, problems, folder, gpu_memory):
+        if kind == "hf":
+            return HFSampler(model, tokenizer, [1], 1.0, 12)
+        fake.LLM = lambda base, **settings: recording_vllm(model, tokenizer, taken)
+        return sample.VLLMSampler(str(run.TOY), tokenizer, [1], 1.0, 12, dtype="float32", rank=8,
+                                  context=32, gpu_memory=0.5, folder=folder)
+
+    def generate(self, prompts, n, seed):
+        calls.append(seed % 2**32)  # a generator on the CPU keeps no more of its seed
+        return original(self, prompts, n, seed)
+    monkeypatch.setattr(sample, "make_sampler", make)
+    original = HFSampler.generate
+    if kind == "hf":
+        monkeypatch.setattr(HFSampler, "generate", generate)
+    for seed in (31, 32):
+        flags = ["--seed", str(seed), "--limit", "7"]
+        train.main([*flags, "--steps", "3", "--prompts", "4", "--n", "6", "--eval-n", "5",
+                    "--eval-every", "1", "--run", str(tmp_path / str(seed))])
+        script(*flags, "--n", 5, "--out", tmp_path / f"{seed}.jsonl")
+    drawn = calls if kind == "hf" else taken
+    assert len(drawn) == (2 * (3 + 4 * 3 + 3) if kind == "hf" else 2 * (3 * 24 + 5 * 35))
+    assert len(set(drawn)) == len(drawn)
 
 
 SAYS = "{% for m in messages %}{{ m.content }}"
@@ -218,13 +277,16 @@ def test_the_script_writes_what_evaluate_reads(tmp_path, capsys):
     out = tmp_path / "s.jsonl"
     script("--n", 6, "--limit", 5, "--temperature", 0.8, "--seed", 3, "--out", out)
     assert f"python evaluate.py --model {out}" in capsys.readouterr().out
-    problems, groups, data = evaluate.read_samples(out)
+    problems, groups, settings, digests = evaluate.read_samples(out)
+    data = settings["data"]
     assert problems == tasks.load_problems(data, 5)
+    assert digests == [sample.fingerprint(p) for p in problems]
     model, tokenizer = policy.load_model(str(run.TOY))
     row = json.loads(out.read_text().splitlines()[0])
     sampler = HFSampler(model, tokenizer, [1], 0.8, row["max_new_tokens"])
     encoded = tasks.encode(problems, tokenizer, model.config, row["max_new_tokens"])
-    expected = sampler.generate([p.prompt_ids for p in encoded], 6, seed=3)
+    seed = sample.stream(3, "sample", data, 0)
+    expected = sampler.generate([p.prompt_ids for p in encoded], 6, seed)
     assert [[(a.text, a.finished, a.tokens) for a in group] for group in groups] == [
         [(r.text, r.finished, len(r.completion_ids)) for r in group] for group in expected]
     assert row["data"] == data and data.endswith(":test")
@@ -236,7 +298,7 @@ def test_answers_with_odd_line_ends_are_read_back(tmp_path):
     answers = [{"text": text, "finished": True, "tokens": 1} for text in texts]
     row = {"id": "i", "task": "math", "problem": "p\u2029q", "answer": "1", "data": "d"}
     cli.write_rows(tmp_path / "s.jsonl", [row | {"answers": answers}])
-    [problem], [group], _ = evaluate.read_samples(tmp_path / "s.jsonl")
+    [problem], [group], *_ = evaluate.read_samples(tmp_path / "s.jsonl")
     assert problem == tasks.Problem("i", "p\u2029q", "1")
     assert [answer.text for answer in group] == texts
 
@@ -254,7 +316,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content, said):
 
 
 @pytest.mark.parametrize("lines, rest", [
-    (0, '{"id": "countd'), (1, ""), (3, '{"id": "coun'), (4, ""), (5, "")])
+    (0, '{"data": "countd'), (1, ""), (3, '{"data": "coun'), (4, ""), (5, "")])
 def test_an_interrupted_file_is_continued_to_the_same_bytes(monkeypatch, tmp_path, lines, rest):
     monkeypatch.setattr(HFSampler, "block", 2)
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
