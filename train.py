@@ -80,7 +80,7 @@ def train(args, run: Run, learner, sampler, problems: list, held_out: list) -> N
 
 
 def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
-    """Sample and grade --eval-n answers to each held-out problem, once for each step."""
+    """Sample and grade --eval-n answers to each held-out problem, once per step."""
     if any(row["step"] == run.step for row in run.read("evals.jsonl")):
         return
     groups, label = [], f"evaluating at step {run.step}"
@@ -89,6 +89,8 @@ def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
         groups += block
         run.stop_if_asked()
     rewards, failures = grade(held_out, groups)  # (M, n)
+    if failures:
+        tqdm.write(f"step {run.step}: {failures} held-out answers were not graded: they earn 0")
     few = list(zip(held_out, groups, rewards.tolist()))[::-(-len(groups) // 8)]
     run.write("samples.jsonl", [
         {"step": run.step, "id": p.id, "task": p.task, "problem": p.question, "answer": p.answer,
@@ -140,7 +142,7 @@ def ks_at(spec: str, step: int, steps: int) -> tuple:
 
 # ---------------------------------------------------------------- what a step reports
 
-PARTS = ("evaluate", "sample", "grade", "learn")  # of a step, between marks of its clock
+PARTS = "evaluate_seconds", "sample_seconds", "grade_seconds", "learn_seconds"
 INF = float("inf")
 
 
@@ -148,27 +150,26 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
     """One row of metrics.jsonl. The README defines every column."""
     rollouts = [r for group in groups for r in group]
     mean = lambda values: sum(values) / len(rollouts)
-    right = {(p, r.text) for p, group in enumerate(groups)
-             for r, reward in zip(group, rewards[p].tolist()) if reward == 1}
-    metric = "max" if batch[0].graded else "pass"
-    ks_shown = [len(groups[0]) if k == "harmonic" else k for k in ks]
-    at = lambda ks: torch.stack([rspo.max_at_k(rewards, k).mean() for k in ks]).mean().item()
+    metric, n = "max" if batch[0].graded else "pass", len(groups[0])
+    best = [rspo.max_at_k(rewards, n if k == "harmonic" else k).mean() for k in ks]
+    right = {(p, groups[p][i].text) for p, i in (rewards == 1).nonzero().tolist()}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # macOS: bytes
     return {
         "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
-        f"{metric}@1": at([1]), f"{metric}@k": at(ks_shown),
+        f"{metric}@1": rspo.max_at_k(rewards, 1).mean().item(),
+        f"{metric}@k": torch.stack(best).mean().item(),
         "distinct_correct": len(right) / len(groups),
         "zero_weight_prompts": (weights == 0).all(-1).double().mean().item(),
         "truncated": mean(not r.finished for r in rollouts),
         "completion_tokens": mean(len(r.completion_ids) for r in rollouts),
         "entropy": -mean(sum(r.logprobs) for r in rollouts), **stats,
         "clipped": float(stats["grad_norm"] > policy.MAX_GRAD_NORM),
-        **{f"{part}_seconds": end - begin for part, begin, end in zip(PARTS, clock, clock[1:])},
+        **{part: end - begin for part, begin, end in zip(PARTS, clock, clock[1:])},
         "peak_memory_gb": (torch.cuda.max_memory_allocated() or resident) / 2**30,
     }
 
 
-ALARMS = {  # column, lowest and highest value that rings, what to change; the first one counts
+ALARMS = {  # column, from where to where it rings, what to change; the first one counts
     "gap": ("logprob_gap_mean", 0.05, INF, "off-policy: take --sampler hf --dtype float32"),
     "cut off": ("truncated", 0.5, INF, "cut-off answers earn 0: raise --max-new-tokens"),
     "solved": ("reward", 0.95, INF, "nothing is left to learn: take harder --data"),
@@ -178,7 +179,7 @@ ALARMS = {  # column, lowest and highest value that rings, what to change; the f
 
 
 def report_step(args, run: Run, row: dict) -> None:
-    """Keep a row; ten times per run print the mean since the last line, and an alarm."""
+    """Keep a row; ten times per run print the means since the last line."""
     run.write("metrics.jsonl", [row])
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -191,22 +192,24 @@ def report_step(args, run: Run, row: dict) -> None:
     rows = run.read("metrics.jsonl")[-every:]
     if row["step"] == every > 1:
         rows = rows[1:]  # the first one has its line already
-    mean = {name: sum(each[name] or 0 for each in rows) / len(rows) for name in row.keys() - {"k"}}
+    mean = {name: sum(each[name] or 0 for each in rows) / len(rows)
+            for name in row if name != "k"}
     for name, (column, low, high, sentence) in ALARMS.items():
         if low < mean[column] < high:
             tqdm.write(f"step {row['step']}: {name}: {sentence}")
             break
     best = next(name for name in row if name.endswith("@k"))
-    seconds = sum(value for name, value in mean.items() if name.endswith("_seconds"))
-    lost = round(mean["grader_failures"] * len(rows))
-    tqdm.write(f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
-               f"{best} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
-               f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s"
-               + f"  {lost} answers not graded" * (lost > 0))
+    seconds = sum(mean[part] for part in PARTS)
+    line = (f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
+            f"{best} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
+            f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s")
+    if mean["grader_failures"]:
+        line += f"  not graded {mean['grader_failures']:.2g}"
+    tqdm.write(line)
 
 
 def report_run(run: Run, held_out: list) -> None:
-    """Table and figures of a run, before against after, and a few answers to read."""
+    """Table and figures, before against after, and a few answers to read."""
     first, *_, last = run.read("evals.jsonl")
     ks = tuple(k for k in evaluate.powers_of_two(len(first["rewards"][0])) if k <= 32)
     known = {p.id: p for p in held_out}
@@ -271,40 +274,38 @@ def check(args, graded: bool) -> None:
             cli.fail(f"--k {args.k} --objective {args.objective}: {error}")
 
 
-def digests_of(problems: list, held_out: list) -> dict[str, str]:
-    """A hash of what is asked and what is right, of the training and the held-out problems."""
-    texts = {name: repr([(p.id, p.question, p.answer, p.task, p.prompt) for p in each])
-             for name, each in (("training", problems), ("held-out", held_out))}
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-
-
 def config_of(args, problems: list, held_out: list) -> dict:
-    """What config.json holds."""
+    """What config.json holds: settings, versions, git commit, digests of the data."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
     used = {"torch", "transformers", "peft", "vllm"} & sys.modules.keys()
+    texts = {which: repr([(p.id, p.question, p.answer, p.task, p.prompt) for p in each])
+             for which, each in (("training", problems), ("held-out", held_out))}
     return {"flags": {name: getattr(args, name) for name in RUN_FLAGS},
             "versions": {name: sys.modules[name].__version__ for name in sorted(used)},
-            "git_commit": commit, "data": digests_of(problems, held_out)}
+            "git_commit": commit,
+            "data": {which: hashlib.sha256(text.encode()).hexdigest()
+                     for which, text in texts.items()}}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = settle(argv)
-    run = Run(args.resume) if args.resume else None  # in use? refused before anything is loaded
+    run = Run(args.resume) if args.resume else None  # refused at once if in use
     base, adapter = resolve_model(args.model)
-    toy = base == str(TOY)
-    if toy:
-        torch.set_num_threads(1)  # too small to share: threads would wait for each other
+    device = "cpu" if base == str(TOY) else None
+    if device:
+        torch.set_num_threads(1)  # the toy is too small to share
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(
         args.data, args.eval_data, args.limit)
     check(args, problems[0].graded)
     if args.resume:
-        for which, digest in digests_of(problems, held_out).items():
-            if digest != read_config(args.resume)["data"].get(which):
+        before = read_config(args.resume)["data"]
+        for which, digest in config_of(args, problems, held_out)["data"].items():
+            if before[which] != digest:
                 cli.fail(f"--resume {args.resume}: its {which} problems have changed since it "
-                         "began: start a new run, or put the old data back")
-    model, tokenizer = policy.load_model(base, adapter, args.dtype, "cpu" if toy else None, True,
-                                         args.load_in_4bit)
+                         "began; put them back or start a new run")
+    model, tokenizer = policy.load_model(base, adapter, args.dtype, device,
+                                         trainable_adapter=True, load_in_4bit=args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     if args.gradient_checkpointing:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class UserError(ValueError):
-    """What the user can put right, in one sentence: what, which value, what is allowed."""
+    """What the user can put right: what, which value, what is allowed."""
 
 
 class Setting(NamedTuple):
     help: str
     default: object = None  # None: it follows from other settings
     toy: object = None  # the toy model's default, where it is another one
-    least: float | None = None
+    least: float = 1  # of a number
     most: float = 1e15
     kind: type | None = None  # the default's own type, unless that is None
     choices: tuple | None = None
@@ -29,15 +29,15 @@ SETTINGS = {
     "objective": Setting("weights", "passk", choices=("passk", "maxk", "loo", "groupmax", "plugin",
                                                       "centred", "grpo", "reward")),
     "data": Setting("divisor, math, gsm8k, a hub id or .jsonl file", "math", "divisor"),
-    "n": Setting("answers per problem", 16, toy=32, least=1),
-    "prompts": Setting("problems per step", 32, toy=16, least=1),
-    "steps": Setting("number of updates", 200, toy=100, least=1),
+    "n": Setting("answers per problem", 16, toy=32),
+    "prompts": Setting("problems per step", 32, toy=16),
+    "steps": Setting("number of updates", 200, toy=100),
     "lr": Setting("learning rate of AdamW", 2e-5, toy=1e-3, least=1e-12),
-    "lora_rank": Setting("rank of the adapter", 16, toy=8, least=1),
+    "lora_rank": Setting("rank of the adapter", 16, toy=8),
     "flip": Setting("share of training rewards flipped", 0.0, least=0, most=0.5),
     "temperature": Setting("sampling temperature", 1.0, least=1e-6),
-    "max_new_tokens": Setting("longest answer, in tokens", 2048, toy=6, least=1),
-    "micro_batch_tokens": Setting("tokens in one forward pass", 16384, least=1),
+    "max_new_tokens": Setting("longest answer, in tokens", 2048, toy=6),
+    "micro_batch_tokens": Setting("tokens in one forward pass", 16384),
     "gradient_checkpointing": Setting("recompute activations", True, toy=False),
     "load_in_4bit": Setting("base model in 4 bits (NF4)", False),
     "dtype": Setting("of the base model", "auto", toy="float32",
@@ -46,19 +46,21 @@ SETTINGS = {
     "gpu_memory": Setting("vLLM's share of the GPU", 0.45, least=0.01, most=0.99),
     "seed": Setting("of everything random", 0, least=0, most=99999),
     "eval_data": Setting("held-out data; follows from --data", kind=str),
-    "eval_n": Setting("answers per held-out problem", 16, toy=64, least=1),
+    "eval_n": Setting("answers per held-out problem", 16, toy=64),
     "eval_every": Setting("steps between evaluations; 0: at the ends", 0, least=0),
-    "limit": Setting("use so many held-out problems", toy=200, least=1, kind=int),
-    "save_every": Setting("steps between checkpoints", 20, toy=50, least=1),
+    "limit": Setting("use so many held-out problems", toy=200, kind=int),
+    "save_every": Setting("steps between checkpoints", 20, toy=50),
     "tensorboard": Setting("write for TensorBoard, too", False),
     "run": Setting("new run directory, else runs/<what>-<time>", kind=Path),
     "resume": Setting("run directory to go on with", kind=Path),
 }
-MEANT = {"learning_rate": "lr", "batch_size": "prompts", "output_dir": "run", "epochs": "steps",
-         "group_size": "n", "num_generations": "n", "baseline": "objective"}  # what others say
-HOW = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
-       str: {"metavar": "NAME"}, list: {"metavar": "NAME", "nargs": "+"},
-       Path: {"type": Path, "metavar": "PATH"}, bool: {"action": argparse.BooleanOptionalAction}}
+MEANT = {  # what others say
+    "learning_rate": "lr", "batch_size": "prompts", "output_dir": "run", "epochs": "steps",
+    "group_size": "n", "num_generations": "n", "baseline": "objective"}
+KINDS = {  # how argparse reads each
+    int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
+    str: {"metavar": "NAME"}, list: {"metavar": "NAME", "nargs": "+"},
+    Path: {"type": Path, "metavar": "PATH"}, bool: {"action": argparse.BooleanOptionalAction}}
 
 
 def parse(doc: str, settings: dict[str, Setting], argv: list[str] | None = None):
@@ -68,23 +70,24 @@ def parse(doc: str, settings: dict[str, Setting], argv: list[str] | None = None)
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
     for name, each in settings.items():
-        kind, text = each.kind or type(each.default), each.help
+        how, text = KINDS[each.kind or type(each.default)], each.help
         for what, value in (("default", each.default), ("toy", each.toy)):
             text += f" [{what} {value}]" if value is not None else ""
-        how = {"choices": each.choices} if each.choices else HOW[kind]
+        if each.choices:
+            how = {"choices": each.choices}
         parser.add_argument(flag(name), help=text, **how)
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
         refuse(word, settings)
     for name, each in settings.items():
         value, least, most = getattr(args, name), each.least, each.most
-        if None not in (least, value) and not least <= value <= most:
+        if type(value) in (int, float) and not least <= value <= most:
             fail(f"{flag(name)} is {value}, but must be at least {least} and at most {most:g}")
     return args
 
 
 def refuse(word: str, settings: dict[str, Setting]) -> None:
-    """Refuse a word that is no flag, with the one that was meant, where one is near."""
+    """Refuse a word that is no flag, with a near one."""
     name, _, value = word.lstrip("-").lower().replace("-", "_").partition("=")
     name = MEANT.get(name, name)
     if name in ("top_p", "top_k", "min_p"):
@@ -96,7 +99,7 @@ def refuse(word: str, settings: dict[str, Setting]) -> None:
 
 
 def settle(args: argparse.Namespace, settings: dict[str, Setting], toy: bool, own: dict) -> None:
-    """Give each setting that was not given the value in `own`, else its default."""
+    """What was not given is what `own` says, else its default."""
     for name, each in settings.items():
         if getattr(args, name, None) is None:
             default = each.toy if toy and each.toy is not None else each.default
@@ -118,7 +121,7 @@ def nearest(name: str, known, cutoff: float = 0.65) -> str:
 
 
 def run_script(main) -> None:
-    """Run main: what the user can put right ends in one sentence and exit code 1."""
+    """Run main; what the user can put right ends in one sentence."""
     try:
         main()
     except (UserError, OSError) as error:
@@ -129,7 +132,7 @@ def run_script(main) -> None:
 
 
 def refuse_early(parse_flags) -> None:
-    """Before torch is loaded, which takes seconds: a wrong flag, a missing package."""
+    """Before torch is loaded: a wrong flag, a missing package."""
     run_script(parse_flags)
     for package in ("torch", "transformers", "peft", "tqdm", "matplotlib"):
         if importlib.util.find_spec(package) is None:

@@ -456,6 +456,18 @@ def test_the_toy_stays_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, tmp_path)
     assert devices == ["cpu"] and (flags["sampler"], flags["dtype"]) == ("hf", "float32")
 
 
+def test_held_out_answers_that_the_grader_lost_are_counted_and_said(
+        monkeypatch, tmp_path, capsys):
+    grade_all = tasks.grade_all
+    monkeypatch.setattr(tasks, "grade_all", lambda problems, groups: (
+        grade_all(problems, groups)[0], 2 * (len(problems) == 4)))
+    folder = go(tmp_path / "run", "--steps", 1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "not graded" in line]
+    assert said == [f"step {step}: 2 held-out answers were not graded: they earn 0"
+                    for step in (0, 1)]
+    assert [row["grader_failures"] for row in rows(folder / "evals.jsonl")] == [2, 2]
+
+
 def test_steps_without_signal_change_nothing_and_are_shown(monkeypatch, tmp_path):
     on_batch(monkeypatch, 1, lambda rewards, _: [[0.0] * 8] * 3)
     folder = go(tmp_path / "run")
@@ -501,8 +513,8 @@ def test_tensorboard_shows_the_columns_of_every_step_across_a_resume(tmp_path):
 def lines_of(capsys, steps, *changes):
     """What is printed of a run of healthy steps, but for a change of each: [step][line]."""
     healthy = {"k": "2", "reward": 0.3, "pass@k": 0.4, "entropy": 4.0, "truncated": 0.1,
-               "zero_weight_prompts": 0.3, "logprob_gap_mean": None, "sample_seconds": 1.0,
-               "grader_failures": 0}
+               "zero_weight_prompts": 0.3, "logprob_gap_mean": None, "grader_failures": 0,
+               **dict.fromkeys(train.PARTS, 1.0)}
     kept, lines = [], []
     fake = SimpleNamespace(write=lambda name, rows: kept.extend(rows), read=lambda name: kept)
     for step, change in enumerate(changes, 1):
@@ -550,6 +562,6 @@ def test_a_line_shows_the_mean_since_the_last_one(capsys):
     assert all(len(line) <= 100 for lines in said for line in lines)
     assert "reward 0.000  pass@k 0.000" in printed[1][1] and "cut off" in printed[1][0]
     [third], [sixth], [last] = printed[3], printed[6], printed[30]
-    assert "reward 0.400  pass@k 0.200" in third and third.endswith("1.00 s  3 answers not graded")
+    assert "reward 0.400  pass@k 0.200" in third and third.endswith("4.00 s  not graded 1.5")
     assert "reward 0.300  pass@k 0.400" in sixth and "graded" not in sixth
     assert "reward 0.200" in last
