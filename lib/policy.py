@@ -38,7 +38,7 @@ class BadNumbers(ArithmeticError):
 
     def __init__(self, message: str, rollout=None):
         super().__init__(message)
-        self.rollout = rollout  # the one to blame, where it is known
+        self.rollout = rollout  # the one to blame, or None
 
 
 class BrokenPolicy(BadNumbers):
@@ -54,9 +54,9 @@ def pick_device() -> str:
 
 
 def pick_dtype(dtype: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if pick_device() == "cuda" else "float32"
+    if dtype == "auto":
+        return "bfloat16" if pick_device() == "cuda" else "float32"
+    return dtype
 
 
 @contextmanager
@@ -72,8 +72,8 @@ def loading(base: str):
             "internet, give a folder with config, tokenizer and *.safetensors") from error
 
 
-def load_model(base: str, adapter: Path | None = None, dtype: str = "auto", device=None,
-               trainable_adapter: bool = False, load_in_4bit: bool = False):
+def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None,
+               trainable_adapter=False, load_in_4bit=False):
     """(model, tokenizer) of a folder or hub id, with the adapter if given.
 
     No dropout, no code of the checkpoint. 4 bits: NF4 (QLoRA, arXiv 2305.14314).
@@ -123,9 +123,8 @@ def add_lora(model, rank: int, seed: int) -> PeftModel:
     try:
         return get_peft_model(model, config).eval()
     except ValueError as error:  # Mamba, for one
-        kind, reason = model.config.model_type, str(error).splitlines()[0]
-        raise UserError(f"PEFT puts no adapter on layers of {kind} models "
-                        f"({reason[:200]})") from error
+        kind, reason = model.config.model_type, str(error).splitlines()[0][:200]
+        raise UserError(f"PEFT puts no adapter on layers of {kind} models ({reason})") from error
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
@@ -230,8 +229,7 @@ class Learner:
                         "--max-new-tokens or --gpu-memory") from error
                 self.micro_batch_tokens //= 2
                 torch.cuda.empty_cache()
-                tqdm.write("out of memory: from now on --micro-batch-tokens is "
-                           f"{self.micro_batch_tokens}, with the same gradient")
+                tqdm.write(f"out of memory: --micro-batch-tokens is {self.micro_batch_tokens} now")
         norm = clip(self.parameters, MAX_GRAD_NORM).item()
         if not isfinite(norm):
             guilty = self._guilty(rollouts, weights, kept)
@@ -270,19 +268,20 @@ class Learner:
     def _check_sampler(self, gap: Tensor, rollouts: list) -> None:
         """UserError unless the sampler drew from this policy.
 
-        Rounding can hide an adapter that never arrived. So a few answers are scored
-        without it, too, until the sampler is twice as near to one of the two.
+        Rounding can hide a lost adapter. So a few answers are scored without it,
+        too, until the sampler is twice as near to one of the two.
         """
         allowed = GAP_ALLOWED[self.model.dtype]
         noise = gap.std(correction=0) / len(gap) ** 0.5
         if not gap.mean() - 2 * noise <= allowed:  # NaN, too
             raise UserError(
-                f"sampler and learner disagree by {gap.mean():.2g} nats per token "
-                f"(rounding: {allowed:g}): another adapter, base or temperature, top-k, "
-                "top-p, a stale cache, or logits that change after the output layer")
+                f"sampler and learner disagree by {gap.mean():.2g} nats per token, "
+                f"rounding by {allowed:g}: another adapter, base or temperature, "
+                "top-k, top-p, or logits that change after the output layer")
         if self.adapter_arrived:
             return
-        batches = micro_batches(list(map(length, rollouts)), self.micro_batch_tokens)
+        lengths = [length(rollout) for rollout in rollouts]
+        batches = micro_batches(lengths, self.micro_batch_tokens)
         while batches and self.compared[0] < TOKENS_TO_DECIDE:
             few = [rollouts[i] for i in batches.pop()]  # the shortest first
             policy, _ = token_logprobs(self.model, few, self.temperature)  # (N,)
