@@ -426,8 +426,8 @@ def sample_model(args) -> list[Samples]:
         stem = "-".join(re.sub(r"[^\w.]", "-", Path(part).name) for part in (args.model, data))
         path = folder / f"{stem}-{sample.digest(heads)[:8]}.jsonl"
         if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):
-            print(f"{args.model} on {data}: settings, weights or problems have changed "
-                  "since the last time: sampled again")
+            print(f"{args.model} on {data} is sampled again: settings, weights or "
+                  "problems have changed")
         jobs[path] = problems, heads
     sample.sample_files(args, jobs)
     return [read_samples(path) for path in jobs]

@@ -1,11 +1,11 @@
-"""Rollouts and their samplers; as a script, n answers to each problem in a file.
+"""Rollouts and their samplers; as a script, a file of n answers per problem.
 
     python sample.py                                      the toy model
     python sample.py --model runs/NAME --n 64             for evaluate.py
     python sample.py --model runs/NAME --ask "1 + 1 = ?"  one question
 
-A sampler draws from softmax(logits / temperature) with nothing cut off: the
-gradient is right only for what was sampled. It says how likely each token was.
+A sampler draws from softmax(logits / temperature), nothing cut off: the gradient
+is right only for what was sampled. It says how likely each token was.
 
 Shapes: P prompts of at most L tokens, R answers of at most T, V vocabulary.
 """
@@ -31,13 +31,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lib import policy, run, tasks
 from lib.cli import UserError
 
-CACHE_TOKENS = 2**18  # prompt and answer tokens that HFSampler holds at a time
+CACHE_TOKENS = 2**18  # tokens that HFSampler holds at a time
 NOT_FINITE = "the policy's probabilities are NaN or infinite"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can serve
 
@@ -45,8 +46,8 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can serve
 @dataclass(frozen=True)
 class Rollout:
     prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]  # ends with an end token iff the model stopped
-    logprobs: tuple[float, ...]  # of completion_ids, the sampler's own, in nats
+    completion_ids: tuple[int, ...]  # with an end token iff the model stopped
+    logprobs: tuple[float, ...]  # the sampler's own, in nats
     text: str  # the completion without its end token
     finished: bool  # False: cut off at max_new_tokens
 
@@ -64,7 +65,7 @@ class HFSampler:
         """Nothing to do: the model is shared."""
 
     def generate(self, prompts, n: int, seed: int) -> list[list[Rollout]]:
-        """n rollouts [P][n] of each prompt (token ids). The seed decides all."""
+        """n rollouts [P][n] of each prompt. The seed decides all."""
         self.model.eval()
         randomness = torch.Generator(self.model.device).manual_seed(seed)
         groups = [[] for _ in prompts]
@@ -83,12 +84,12 @@ class HFSampler:
         """An answer to prompts[i] for each i of the batch."""
         asked = list(dict.fromkeys(batch))
         tensor = partial(torch.tensor, device=self.model.device)
-        ids = pad_sequence([tensor(prompts[i]) for i in asked], batch_first=True,
-                           padding_value=-1, padding_side="left")  # (P, L)
+        ids = [tensor(prompts[i]) for i in asked]
+        ids = pad_sequence(ids, True, -1, padding_side="left")  # (P, L)
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)  # (P, L), (P, L)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (P, L)
 
-        # Read each prompt once; its answers start from copies of what was read.
+        # Read each prompt once; its answers start from copies of that.
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
                           position_ids=positions, logits_to_keep=1)
         copies = tensor([asked.index(i) for i in batch])  # (R,)
@@ -97,14 +98,15 @@ class HFSampler:
         logits = read.logits[copies, -1]  # (R, V)
         mask, position = mask[copies], positions[copies, -1:]  # (R, L), (R, 1)
 
-        stops, rows = tensor(self.stops), tensor(range(len(batch)))  # rows: (R,)
-        drawn = stops.new_full((len(batch), self.max_new_tokens), self.stops[0])
-        logprobs = torch.zeros_like(drawn, dtype=torch.float)  # (R, T), as drawn
+        stops = tensor(self.stops)
+        rows = tensor(range(len(batch)))  # (R,)
+        drawn = stops.new_full((len(rows), self.max_new_tokens), self.stops[0])
+        logprobs = torch.zeros_like(drawn, dtype=torch.float)  # (R, T)
         for t in range(self.max_new_tokens):
             logp = (logits.float() / self.temperature).log_softmax(-1)  # (R, V)
-            if logp[:, 0].isnan().any():  # one bad logit makes its whole row NaN
+            if logp[:, 0].isnan().any():  # one bad logit makes all NaN
                 raise policy.BrokenPolicy(NOT_FINITE)
-            token = torch.multinomial(logp.exp(), 1, generator=randomness)  # (R, 1)
+            token = logp.exp().multinomial(1, generator=randomness)  # (R, 1)
             drawn[rows, t] = token[:, 0]
             logprobs[rows, t] = logp.gather(-1, token)[:, 0]
             alive = ~torch.isin(token[:, 0], stops)  # (R,)
@@ -114,7 +116,7 @@ class HFSampler:
                 cache.reorder_cache(alive.nonzero()[:, 0])
                 rows, token = rows[alive], token[alive]
                 mask, position = mask[alive], position[alive]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)  # (R, L + t + 1)
+            mask = pad(mask, (0, 1), value=1)  # (R, L + t + 1)
             position = position + 1
             logits = self.model(
                 input_ids=token, attention_mask=mask, position_ids=position,
@@ -137,22 +139,22 @@ def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
 class VLLMSampler:
     """Samples with vLLM, in this process, from adapters in `folder`.
 
-    Each version of the policy has a new name, id and folder: vLLM keeps an
-    adapter by its id and prompt blocks by its name, and would serve the old one.
+    Each version has a new name, id and folder: vLLM keeps an adapter by its id
+    and prompt blocks by its name, and would serve the old policy.
     """
 
     block = 1024  # a large call keeps it busy
 
     def __init__(self, base: str, tokenizer, stops, temperature, max_new_tokens, *,
                  dtype, rank, context, gpu_memory, folder: Path):
-        """base: never in 4 bits. context: tokens of the longest prompt and answer."""
+        """base: not in 4 bits. context: tokens of the longest prompt and answer."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if rank > LORA_RANKS[-1]:
-            cli.fail(f"--lora-rank is {rank}, but vLLM serves at most {LORA_RANKS[-1]}")
+            cli.fail(f"--lora-rank is {rank}, vLLM serves at most {LORA_RANKS[-1]}")
         place = {"gpu_memory_utilization": gpu_memory}
         if not torch.cuda.is_available():
-            # A prompt in two parts makes vLLM rewind random numbers: not on a CPU.
+            # On a CPU vLLM cannot rewind random numbers for half a prompt.
             place = dict(kv_cache_memory_bytes=2**30, enforce_eager=True,
                          enable_chunked_prefill=False,
                          max_num_batched_tokens=max(4096, context))
@@ -171,8 +173,9 @@ class VLLMSampler:
         self.tokenizer, self.stops, self.folder = tokenizer, stops, folder
         self.adapter = None
         self.settings = dict(
-            temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
-            stop_token_ids=stops, logprobs=0, flat_logprobs=True, detokenize=False)
+            temperature=temperature, top_p=1.0, top_k=0, logprobs=0,
+            max_tokens=max_new_tokens, stop_token_ids=stops,
+            flat_logprobs=True, detokenize=False)
 
     def sync(self, model, version: int) -> None:
         """Sample from model's adapter as it is now. No version comes twice."""
@@ -208,7 +211,7 @@ class VLLMSampler:
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """The tokens that end an answer: tokenizer's, model's, and chat template's.
+    """What ends an answer: the tokenizer, the model, the chat template know.
 
     Qwen2.5-Math names <|endoftext|> alone, but ends its turns with <|im_end|>.
     """
@@ -259,7 +262,7 @@ def make_sampler(args, model, tokenizer, problems: list, folder: Path, gpu_memor
 
 
 def open_sampler(args, problems: list):
-    """A sampler of args.model as it is on disk, and the problems with prompt_ids."""
+    """A sampler of args.model as on disk; the problems with prompt_ids."""
     aside = "cpu" if args.sampler == "vllm" else None  # only to be read
     model, tokenizer = policy.load_model(
         *run.resolve_model(args.model), args.dtype, aside,
@@ -283,7 +286,7 @@ def stream(*place) -> int:
 
 
 def sample_blocks(sampler, problems: list, n: int, place: tuple, label: str, start=0):
-    """Yield the rollouts [..][n] of the problems from `start` on, by blocks."""
+    """Yield the rollouts [..][n] of the problems from `start` on."""
     starts = range(start, len(problems), sampler.block)
     for begin in tqdm(starts, desc=label, leave=False, disable=None):
         prompts = [p.prompt_ids for p in problems[begin:begin + sampler.block]]
@@ -293,7 +296,7 @@ def sample_blocks(sampler, problems: list, n: int, place: tuple, label: str, sta
 # ---------------------------------------------------------------- the script
 
 def settle(args) -> None:
-    """What was not given follows from the model: a run's own, else the task's."""
+    """What was not given is the run's own, else follows from the model."""
     args.model = args.model or "toy"
     toy = run.resolve_model(args.model)[0] == str(run.TOY)
     own = run.flags_of(args.model)
@@ -309,7 +312,7 @@ def fingerprint(p) -> str:
 
 
 def weights_of(base: str, adapter: Path | None) -> str:
-    """Digest of a model's files: a checkpoint's checksums, else sizes and times."""
+    """Digest of a checkpoint's checksums, or of its files' sizes and times."""
     known = [] if Path(base).is_dir() else [base]
     for folder in filter(None, (Path(base), adapter)):
         files = [path for path in sorted(folder.glob("*"))
@@ -317,13 +320,13 @@ def weights_of(base: str, adapter: Path | None) -> str:
         if folder / "state.json" in files:
             known.append((folder / "state.json").read_text())
         else:
-            states = [(path.name, path.stat()) for path in files]
-            known += [(name, at.st_size, at.st_mtime_ns) for name, at in states]
+            known += [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
+                      for path in files]
     return digest(known)[:16]
 
 
 def heads_of(args, data: str, problems: list) -> list[dict]:
-    """The rows of a samples file without their answers: all that decides them."""
+    """The rows of a samples file, without answers: all that decides them."""
     base, adapter = run.resolve_model(args.model)
     settings = {name: getattr(args, name) for name in SAMPLING} | {
         "data": data, "checkpoint": adapter and adapter.name,
@@ -344,40 +347,44 @@ def rows_done(path: Path, heads: list[dict]) -> int:
         for name, value in head.items():
             if row.get(name) != value:
                 cli.fail(f"{path} was made with {name} = {row.get(name)!r}, not "
-                         f"{value!r} (line {number}): give another --out or move it away")
+                         f"{value!r} (line {number}): move it away or give "
+                         "another --out")
     return len(rows)
 
 
 def sample_files(args, jobs: dict[Path, tuple[list, list[dict]]]) -> None:
-    """Have the answers to (problems, heads) in each file; whole files stay."""
-    done = [path for path, (_, heads) in jobs.items() if rows_done(path, heads) == len(heads)]
-    for path in done:
-        print(f"{path} is complete: not sampled again (delete it to do so)")
-    jobs = {path: job for path, job in jobs.items() if path not in done}
-    asked = [problem for problems, _ in jobs.values() for problem in problems]
-    sampler, asked = open_sampler(args, asked) if jobs else (None, [])
-    for path, (_, heads) in jobs.items():
-        sample_to_file(path, heads, asked[:len(heads)], sampler)
-        asked = asked[len(heads):]
+    """Have the answers to (problems, heads) in each file; whole files stay.
+
+    A block that was interrupted is made again, so that the bytes are the same.
+    """
+    missing, asked = [], []
+    for path, (problems, heads) in jobs.items():
+        if rows_done(path, heads) == len(heads):
+            print(f"{path} is complete: not sampled again (delete it to do so)")
+        else:
+            missing.append((path, heads))
+            asked += problems
+    if missing:
+        sampler, asked = open_sampler(args, asked)
+    for path, heads in missing:
+        problems, asked = asked[:len(heads)], asked[len(heads):]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with run.lock(path, f"{path} is in use by another process: give another --out"):
+            done = rows_done(path, heads)
+            done -= done % sampler.block if done < len(heads) else 0
+            lines = path.read_bytes().split(b"\n")[:done]
+            os.truncate(path, sum(len(line) + 1 for line in lines))
+            data = heads[0]["data"]
+            place, label = (args.seed, "sample", data), f"sampling {args.model} on {data}"
+            for groups in sample_blocks(sampler, problems, args.n, place, label, done):
+                cli.write_rows(path, [{**head, "answers": [row_of(r) for r in group]}
+                                      for head, group in zip(heads[done:], groups)])
+                done += len(groups)
 
 
-def sample_to_file(path: Path, heads: list[dict], problems: list, sampler) -> None:
-    """Append the missing rows; a block that was interrupted is made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    with run.lock(path, f"{path} is in use by another process: give another --out"):
-        done, own = rows_done(path, heads), heads[0]
-        done -= done % sampler.block if done < len(heads) else 0
-        lines = path.read_bytes().split(b"\n")[:done]
-        os.truncate(path, sum(len(line) + 1 for line in lines))
-        place = own["seed"], "sample", own["data"]
-        label = f"sampling {own['model']} on {own['data']}"
-        for groups in sample_blocks(sampler, problems, own["n"], place, label, done):
-            answers = [[{"text": r.text, "finished": r.finished,
-                         "tokens": len(r.completion_ids)} for r in group] for group in groups]
-            cli.write_rows(path, [{**head, "answers": group}
-                                  for head, group in zip(heads[done:], answers)])
-            done += len(groups)
+def row_of(r: Rollout) -> dict:
+    return {"text": r.text, "finished": r.finished, "tokens": len(r.completion_ids)}
 
 
 def ask(args) -> None:

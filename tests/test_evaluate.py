@@ -465,7 +465,7 @@ def test_a_model_that_has_changed_is_sampled_again(go, tmp_path, trained):
     shutil.copytree(trained, later)
     flags = ["--model", model, later, "--n", 2, "--max-new-tokens", 12, "--limit", 3,
              "--data", "countdown:test", "--out", tmp_path / "x.png"]
-    said = "have changed since the last time: sampled again"
+    said = "is sampled again: settings, weights or problems have changed"
     assert said not in go(evaluate, *flags)
     assert go(evaluate, *flags).count("is complete") == 2
     (model / "model.safetensors").touch()
@@ -575,7 +575,7 @@ def test_a_problem_that_has_changed_is_noticed_and_sampled_again(go, tmp_path, l
     before = out.read_text()
     write_data(data, **last)
     printed = go(evaluate, *flags, "--out", tmp_path / "x.png")
-    assert "have changed since the last time: sampled again" in printed
+    assert "is sampled again: settings, weights or problems have changed" in printed
     with pytest.raises(UserError, match=r"was made with \w+ = .*line 5"):
         go(sample, *flags, "--out", out)
     assert out.read_text() == before
