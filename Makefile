@@ -10,7 +10,7 @@ PYTHON ?= python3
 REQUIREMENTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 
 demo: .venv/ready
-	.venv/bin/python train.py
+	.venv/bin/python toy/demo.py
 
 # A process for each core, of one thread each: more would only wait for each other.
 test: .venv/ready

@@ -57,7 +57,7 @@ EXPERIMENTS = {
     "estimators": ("Other weights at k = 8.", "k = 8", {
         **BEST8, **MAX8, "GRPO": {"k": 1, "objective": "grpo"},
         **{label: {"k": 8, "objective": name} for label, name in (
-            ("leave-one-out", "loo"), ("plug-in", "plugin"), ("PKPO, centred", "pkpo-centred"))}}),
+            ("leave-one-out", "loo"), ("plug-in", "plugin"), ("PKPO, centred", "centred"))}}),
     "curve": ("A mixture, a schedule and the harmonic sum of ks.", "k = 8", {
         **BEST8, "k = 1": {"k": 1}, "mixture 1,2,4,8,16": {"k": "1,2,4,8,16"},
         "schedule 8:1": {"k": "8:1"}, "harmonic": {"k": "harmonic"}}),
@@ -104,7 +104,7 @@ from tqdm import tqdm
 
 import evaluate
 import rspo
-from evaluate import Curve
+from evaluate import LOOKS, Curve
 from lib.run import read_config
 
 # ---------------------------------------------------------------- cells
@@ -222,13 +222,13 @@ def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], o
               for label in order]
     draw(name, curves, results, out / f"{name}.png")
     count = (len(curves) - 1) * len(curves[0].ks)
-    verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0], count))
+    verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0]))
                 for curve in curves[1:]]
     each = [f"{curve.name:28s}" + " ".join(f"{mean:.3f}" for mean in last_k(curve))
             for curve in curves]
     return "\n\n".join([
         *parts, f"```\n{evaluate.table(curves)}\n```",
-        f"At 95 % for all {count} differences together (Bonferroni):", "\n".join(verdicts),
+        f"By 95 % intervals, not corrected for these {count} differences:", "\n".join(verdicts),
         f"Each seed by itself, at k = {curves[0].ks[-1]}:",
         "\n".join(["```", *each, "```"]),
         f"{len(seeds)} seed(s); {', '.join(LATE.values())}: the last quarter of training. "
@@ -246,7 +246,7 @@ def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     evaluate.draw_curves(left, curves)
     for i, curve in enumerate(curves):
-        look = evaluate.look(curve.name, i)
+        look = {"label": curve.name, **LOOKS[i % len(LOOKS)]}
         if name == "entropy":
             rows = [[row["entropy"] for row in rows] for _, rows, _ in results[curve.name].values()]
             mean = evaluate.running_mean(torch.tensor(rows).mean(0).tolist())

@@ -59,7 +59,7 @@ def test_train_takes_the_flags_of_every_cell(name, label, setting, scale):
     _, out, _, seeds, flags = ablate.settle([name, scale, "--no-tensorboard", "--lr", "0.01"])
     words, folder = ablate.cell(setting, seeds[-1], flags, out)
     args = train.settle([*words, "--run", str(folder)])
-    train.check(args, graded=args.data.startswith("countdown-graded"))
+    train.check(args, graded=args.data.startswith("divisor-graded"))
     assert (args.seed, args.lr, args.tensorboard) == (seeds[-1], 0.01, False)
     assert {each: getattr(args, each) for each in setting} == setting | {"k": str(setting["k"])}
 
@@ -198,8 +198,8 @@ def test_a_cell_is_done_when_its_last_evaluation_is_there_and_seen_problems_are_
 
 def test_the_seen_problems_are_the_first_of_every_evaluation_of_the_toy():
     ids = lambda data, limit: [p.id for p in tasks.load_problems(data, limit)]
-    seen = ids("countdown:test", ablate.SEEN)
-    for data in ("countdown:test", "countdown-graded:test"):
+    seen = ids("divisor:test", ablate.SEEN)
+    for data in ("divisor:test", "divisor-graded:test"):
         assert ids(data, 600)[:ablate.SEEN] == seen
     for flags in ([], ["--quick"]):
         assert ablate.settle(["noise", *flags])[4]["limit"] > ablate.SEEN + 50

@@ -43,7 +43,7 @@ from lib.tasks import Problem
 
 RNG = random.Random(0)
 PROBLEMS = [Problem(f"p{i}", f"q{i}", "1=1") for i in range(12)]
-GRADED = [Problem(p.id, p.question, p.answer, "countdown-graded") for p in PROBLEMS]
+GRADED = [Problem(p.id, p.question, p.answer, "divisor-graded") for p in PROBLEMS]
 RIGHT = [[float(RNG.random() < i / 12) for _ in range(6)] for i in range(12)]
 REAL = [[RNG.choice([0, 0.25, RNG.random(), 1]) for _ in range(6)] for _ in range(12)]
 UNEVEN = [group[:RNG.randrange(4, 7)] for group in RIGHT]
@@ -361,7 +361,7 @@ def trained(tmp_path_factory):
     """A run directory as train.py leaves it, with an adapter that does something."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
     args = train.settle(["--run", str(folder), "--limit", "9", "--lora-rank", "4"])
-    args.data, args.eval_data = "countdown:train", "countdown:test"
+    args.data, args.eval_data = "divisor:train", "divisor:test"
     model = policy.add_lora(policy.load_model(str(run.TOY))[0], 4, seed=0)
     for parameter in policy.trainable(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -380,27 +380,27 @@ def test_a_model_and_its_samples_are_judged_alike(go, tmp_path, trained):
     printed = go(evaluate, "--n", 8, "--limit", 9, "--out", figure,
                  "--model", *samples, *samples.values())
     found = numbers(figure.with_suffix(".csv"))
-    of = lambda name: found["countdown:test", name, ""]
+    of = lambda name: found["divisor:test", name, ""]
     run_name, checkpoint = "RSPO k = 4, unfinished: 7 of 400", "RSPO k = 4, step 7 of 400"
     assert of("toy") == of("0.jsonl") != of(run_name)
     assert of(run_name) == of("1.jsonl") == of(checkpoint) == of("2.jsonl")
     assert set(of("toy")) == {"pass@1", "pass@2", "pass@4", "pass@8", "maj@8", "tokens", "cut off"}
 
     problems, groups, *_ = read_samples(samples["toy"])
-    rewards = [[float(a.finished) * tasks.grade_countdown(a.text, p.answer) for a in group]
+    rewards = [[float(a.finished) * tasks.grade_divisor(a.text, p.answer) for a in group]
                for p, group in zip(problems, groups)]
     by_hand = make_curve("", problems, rewards)
     for k, *each in zip(by_hand.ks, *evaluate.level("pass@", by_hand.values)):
         expected = tuple(value.item() for value in each)
         assert of("toy")[f"pass@{k}"] == pytest.approx(expected, rel=1e-6)
     assert of("toy")["cut off"][0] == statistics.fmean(not a.finished for g in groups for a in g)
-    assert set(found["countdown:test", "0.jsonl", "toy"].values()) == {(0.0, 0.0, 0.0)}
+    assert set(found["divisor:test", "0.jsonl", "toy"].values()) == {(0.0, 0.0, 0.0)}
     assert "over 9 problems" in printed and figure.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_brings_its_own_settings(go, tmp_path, trained):
     printed = go(evaluate, "--model", trained, "--n", 2, "--out", tmp_path / "x.png")
-    head = "countdown:test pass@1 pass@2 maj@2 tokens".split()
+    head = "divisor:test pass@1 pass@2 maj@2 tokens".split()
     assert "over 9 problems" in printed and printed.splitlines()[0].split()[:5] == head
     [samples] = (tmp_path / "x").iterdir()
     row = json.loads(samples.read_text().split("\n")[0])
@@ -408,9 +408,9 @@ def test_a_run_brings_its_own_settings(go, tmp_path, trained):
 
 
 def test_graded_data_gives_max_at_k_at_the_ks_asked_for(go, tmp_path):
-    printed = go(evaluate, "--data", "countdown-graded:test", "--limit", 5, "--n", 6, "--k", "3,1",
+    printed = go(evaluate, "--data", "divisor-graded:test", "--limit", 5, "--n", 6, "--k", "3,1",
                  "--out", tmp_path / "x.png")
-    head = ["countdown-graded:test", "max@1", "max@3", "maj@6"]
+    head = ["divisor-graded:test", "max@1", "max@3", "maj@6"]
     assert printed.splitlines()[0].split()[:4] == head and "over 5 problems" in printed
 
 
@@ -464,18 +464,18 @@ def test_a_model_that_has_changed_is_sampled_again(go, tmp_path, trained):
     shutil.copytree(run.TOY, model)
     shutil.copytree(trained, later)
     flags = ["--model", model, later, "--n", 2, "--max-new-tokens", 12, "--limit", 3,
-             "--data", "countdown:test", "--out", tmp_path / "x.png"]
+             "--data", "divisor:test", "--out", tmp_path / "x.png"]
     said = "is sampled again: settings, weights or problems have changed"
     assert said not in go(evaluate, *flags)
     assert go(evaluate, *flags).count("is complete") == 2
     (model / "model.safetensors").touch()
     (later / "step_000007" / "adapter_model.safetensors").touch()  # the same numbers
     printed = go(evaluate, *flags)
-    assert printed.count("is complete") == 1 and f"{model} on countdown:test" in printed
+    assert printed.count("is complete") == 1 and f"{model} on divisor:test" in printed
     assert said in printed
     save(later, 0.2, step=7)  # under the same name
     printed = go(evaluate, *flags)
-    assert printed.count("is complete") == 1 and f"{later} on countdown:test" in printed
+    assert printed.count("is complete") == 1 and f"{later} on divisor:test" in printed
     assert len(list((tmp_path / "x").iterdir())) == 4
 
 
@@ -486,7 +486,7 @@ def make_run(folder, std=0.0, step=7, **flags):
     words = [word for name, value in {"run": folder, "limit": 20, "lora_rank": 4, **flags}.items()
              for word in (f"--{name.replace('_', '-')}", str(value))]
     args = train.settle(words)
-    args.data, args.eval_data = "countdown:train", "countdown:test"
+    args.data, args.eval_data = "divisor:train", "divisor:test"
     made = run.Run(folder, train.config_of(args, [], []))
     made._lock.close()
     save(folder, std, step)
@@ -517,7 +517,7 @@ def test_a_policy_that_never_moved_gains_nothing_whatever_it_was_trained_at(go, 
     for name, value in {"temperature": 0.6, "max_new_tokens": 9, "limit": 20, "n": 8}.items():
         assert {row[name] for rows in sampled for row in rows} == {value}
     found = numbers(tmp_path / "x.csv")
-    change = found["countdown:test", "RSPO k = 4, unfinished: 7 of 400", "toy"]
+    change = found["divisor:test", "RSPO k = 4, unfinished: 7 of 400", "toy"]
     assert all(low <= 0 <= high for _, low, high in change.values())
 
 
@@ -539,7 +539,7 @@ def test_runs_of_other_settings_are_compared_at_what_the_flags_say_or_refused(
 
 @pytest.mark.parametrize("flag, values", [
     ("--temperature", (1.0, 0.5)), ("--n", (2, 4)), ("--max-new-tokens", (12, 9)),
-    ("--limit", (5, 6)), ("--data", ("countdown:test", "countdown:train"))])
+    ("--limit", (5, 6)), ("--data", ("divisor:test", "divisor:train"))])
 def test_samples_files_of_other_settings_are_not_compared(
         go, monkeypatch, tmp_path, flag, values):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
@@ -659,7 +659,7 @@ def test_models_are_called_what_they_are_and_never_alike(tmp_path):
 
 # ---------------------------------------------------------------- 6. refusals
 
-GOOD = {"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=22",
+GOOD = {"id": "i", "task": "divisor", "problem": "30003:", "answer": "30003",
         "data": "somewhere", "answers": [{"text": "3*5+7", "finished": True, "tokens": 6}] * 3}
 
 

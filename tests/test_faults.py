@@ -51,7 +51,7 @@ PROCESSES.set_forkserver_preload(["train"])
 NAN, INF = float("nan"), float("inf")
 FILE_SIZES = resource.getrlimit(resource.RLIMIT_FSIZE)
 RECORDS = ("metrics.jsonl", "evals.jsonl", "samples.jsonl")
-GAME = ["--data", "countdown", "--max-new-tokens", 12]  # for a model that is not the toy
+GAME = ["--data", "divisor", "--max-new-tokens", 12]  # for a model that is not the toy
 TOKENIZER = tf.AutoTokenizer.from_pretrained(run.TOY)
 
 
@@ -552,7 +552,7 @@ def test_a_step_with_a_bad_number_is_not_applied_and_the_answer_to_blame_is_writ
     if said:  # and its problem
         assert row["completion_ids"] == list(rollout.completion_ids)
         assert (row["text"], row["logprobs"]) == (rollout.text, list(rollout.logprobs))
-        [problem] = [p for p in tasks.load_problems("countdown") if p.id == row["id"]]
+        [problem] = [p for p in tasks.load_problems("divisor") if p.id == row["id"]]
         asked = TOKENIZER.decode(rollout.prompt_ids)
         assert row["question"] == problem.question == asked
 

@@ -29,7 +29,7 @@ from lib.cli import UserError
 from lib.tasks import Problem
 
 INPUTS = int(os.environ.get("RSPO_FUZZ", 3000))
-SHARES = {"countdown": 0.3, "mathematics": 0.35, "problems": 0.1, "samples": 0.1,
+SHARES = {"divisor": 0.3, "mathematics": 0.35, "problems": 0.1, "samples": 0.1,
           "prompts": 0.05, "runs": 0.1}  # of all inputs
 SPECIAL = ["<|im_end|>", "<|endoftext|>", "<eos>", "<pad>", "</s>", "<|im_start|>assistant",
            "\x00", "\ufeff", "\u2028", "\ud800", "\U0001f642", "５", "٥", "²"]
@@ -76,18 +76,18 @@ def attempt(function, *arguments):
 
 # ---------------------------------------------------------------- graders
 
-def test_no_text_but_a_solution_earns_anything_in_countdown():
-    rng, solutions, earned = random.Random(1), tasks.countdown_solutions(), 0
+def test_no_text_but_a_solution_earns_anything_in_divisor():
+    rng, solutions, earned = random.Random(1), tasks.divisor_solutions(), 0
     alphabet = [*"0123456789+-*/=():. ", "**", "//", "22", "0x", "1e1", "--", *SPECIAL]
     keys = sorted(solutions)
-    for _ in range(share("countdown")):
+    for _ in range(share("divisor")):
         numbers, target = key = rng.choice(keys)
         text = "".join(rng.choices(alphabet, k=rng.randrange(12)))
         if rng.random() < 0.7:
             text = mutate(rng, rng.choice(solutions[key]), alphabet)
         answer = f"{numbers}={target}"
-        exact = tasks.grade_countdown(text, answer)
-        graded = tasks.grade_countdown(text, answer, graded=True)
+        exact = tasks.grade_divisor(text, answer)
+        graded = tasks.grade_divisor(text, answer, graded=True)
         assert exact == (text in solutions[key]) == (graded == 1) and graded <= 1, (text, answer)
         valid = (re.fullmatch(r"[1-9]([-+*][1-9]){3}", text)
                  and sorted(re.findall("[1-9]", text)) == sorted(numbers))
@@ -96,11 +96,11 @@ def test_no_text_but_a_solution_earns_anything_in_countdown():
     assert earned > 0  # some mutations change nothing that counts
 
 
-def test_the_prompt_repeated_or_the_gold_pattern_earns_nothing_in_countdown():
-    for text in ("2357=22:", "2357=22", "22", "2357=22:7*2+3+5", "7*2+3+5=22", "7*2+3+5<eos>",
+def test_the_prompt_repeated_or_the_gold_pattern_earns_nothing_in_divisor():
+    for text in ("30003:", "30003", "22", "30003:7*2+3+5", "7*2+3+5=22", "7*2+3+5<eos>",
                  "7*2+3+5\n", " 7*2+3+5", "7*2+3+5 7*2+3+5", "(7*2)+3+5", "７*2+3+5",
                  "2+3*5+7-2", ""):
-        assert tasks.grade_countdown(text, "2357=22") == 0, text
+        assert tasks.grade_divisor(text, "30003") == 0, text
 
 
 def hostile_answers(rng):
@@ -185,8 +185,8 @@ def test_what_is_infinite_equals_no_number():
 
 ROWS = [{"id": "a", "problem": "1 + 1?", "answer": "2", "level": 3, "prompt": "exactly"},
         {"problem": "Größe\u2028x?", "answer": 7}, {"problem": "p", "answer": [1]}]
-OF_ALL = {"model": "toy", "data": "countdown", "n": 2, "seed": 0}
-SAMPLES = [{"id": "i", "task": "countdown", "problem": "2357=22:", "answer": "2357=22", **OF_ALL,
+OF_ALL = {"model": "toy", "data": "divisor", "n": 2, "seed": 0}
+SAMPLES = [{"id": "i", "task": "divisor", "problem": "30003:", "answer": "30003", **OF_ALL,
             "answers": [{"text": "3*5+7-2", "finished": True, "tokens": 8},
                         {"text": "\u2028", "finished": False, "tokens": 1}]},
            {"id": "j", "task": "math", "problem": "p", "answer": "7", **OF_ALL,

@@ -346,7 +346,7 @@ def test_a_file_of_other_settings_is_refused_and_kept(tmp_path, flags, said):
     (["--temperature", "inf"], "--temperature is inf"),
     (["--max-new-tokens", 30], "tokens 30 exceed the model's context of 32"),
     (["--model", "tou"], "did you mean 'toy'"),
-    (["--data", "countdwn"], "'countdwn' is unknown, did you mean"),
+    (["--data", "divisr"], "'divisr' is unknown, did you mean"),
     (["--ask", "1", "--data", "math"], "leave --data out"), (["--ask", " "], "--ask is empty")])
 def test_what_cannot_work_is_refused_and_nothing_is_written(monkeypatch, tmp_path, flags, said):
     monkeypatch.chdir(tmp_path)
@@ -357,14 +357,14 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(monkeypatch, tmp_pat
 
 
 def test_answers_to_a_question_that_agree_are_counted_together(capsys):
-    script("--ask", "2357=22:", "--n", 40)
+    script("--ask", "30003:", "--n", 40)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     counts = [int(words[0]) for words in lines]  # count of 40 answer reward r
     assert sum(counts) == 40
     assert counts == sorted(counts, reverse=True) and counts[0] > 1
     assert len({words[3] for words in lines}) == len(lines)
     rewards = {words[3]: float(words[-1]) for words in lines if words[3] != "(cut"}
-    assert rewards == {text: tasks.grade_countdown(text, "2357=22") for text in rewards}
+    assert rewards == {text: tasks.grade_divisor(text, "30003") for text in rewards}
     assert 1 in rewards.values()
 
 
@@ -375,8 +375,8 @@ def test_a_cut_off_answer_to_a_question_earns_nothing_however_right(monkeypatch,
     assert capsys.readouterr().out.split() == "2 of 2 (cut off) reward 0".split()
 
 
-@pytest.mark.parametrize("question", ["22=2357", "235=22", "2357=220", "2357", "0123=22",
-                                      "2357=22=1", "2+2"])
+@pytest.mark.parametrize("question", ["22=2357", "235=22", "300030", "2357", "0123=22",
+                                      "30003=1", "2+2"])
 def test_the_toy_is_asked_its_own_questions_only(question):
     with pytest.raises(UserError, match="four numbers 1 to 9 and a target 10 to 99"):
         script("--ask", question)

@@ -154,9 +154,9 @@ BEFORE_LOADING = [
     ("--objective groupmax --k 4:2", "the group maximum needs n divisible by k = 3"),
     ("--objective loo --k 8", "k is 8, but leave-one-out needs k <= n - 1, and n is 8"),
     ("--objective paskk", "--objective: invalid choice: 'paskk'"),
-    ("--data countdown-graded", "rewards hold 0.5, but Pass@k needs 0 or 1"),
-    ("--data countdown-graded --objective maxk --flip 0.1", "--flip is 0.1, but countdown-graded"),
-    ("--data countdwn", "'countdwn' is unknown, did you mean 'countdown'?"),
+    ("--data divisor-graded", "rewards hold 0.5, but Pass@k needs 0 or 1"),
+    ("--data divisor-graded --objective maxk --flip 0.1", "--flip is 0.1, but divisor-graded"),
+    ("--data divisr", "'divisr' is unknown, did you mean 'divisor'?"),
     ("--model tox", "'tox' is unknown, did you mean 'toy'?"),
     ("--promts 4", "'--promts' is no flag and belongs to none, did you mean '--prompts'?"),
     ("--batch-size=4", "did you mean --prompts 4?"),
@@ -286,13 +286,13 @@ def test_a_run_leaves_what_it_promises(tiny):
     evals = rows(tiny / "evals.jsonl")
     assert [row["step"] for row in evals] == [0, 2, 3]
     assert all(torch.tensor(row["rewards"]).shape == (4, 4) for row in evals)
-    assert evals[0]["ids"] == [p.id for p in tasks.load_problems("countdown:test", 4)]
+    assert evals[0]["ids"] == [p.id for p in tasks.load_problems("divisor:test", 4)]
     samples = rows(tiny / "samples.jsonl")
     assert [row["step"] for row in samples] == [0] * 4 + [2] * 4 + [3] * 4
     for row in samples:
         assert len(row["answers"]) == 4
         for each in row["answers"]:
-            right = tasks.grade_countdown(each["text"], row["answer"])
+            right = tasks.grade_divisor(each["text"], row["answer"])
             assert each["reward"] == right * each["finished"]
     for name in ("curves.png", "history.png"):
         assert (tiny / name).read_bytes().startswith(b"\x89PNG")
@@ -308,10 +308,10 @@ def updates(monkeypatch):
 
 
 def true_rewards(rollouts, graded=False):
-    """Of answers to the prompts "2357=22:": (3, 8)."""
+    """Of answers to the prompts "30003:": (3, 8)."""
     _, tokenizer = policy.load_model(str(run.TOY))
     return torch.tensor([
-        r.finished * tasks.grade_countdown(r.text, tokenizer.decode(r.prompt_ids)[:-1], graded)
+        r.finished * tasks.grade_divisor(r.text, tokenizer.decode(r.prompt_ids)[:-1], graded)
         for r in rollouts]).reshape(3, 8)
 
 
@@ -329,11 +329,11 @@ harmonic = pytest.mark.skipif(not accepts_harmonic(), reason="rspo.py has no har
     *[(f"--objective {name} --k 1,2,4", "1,2,4 1,2,4 1,2,4") for name in rspo.OBJECTIVES],
     ("--objective passk --k 3:1", "3 2 1"),
     pytest.param("--objective passk --k harmonic", "harmonic " * 3, marks=harmonic),
-    pytest.param("--objective maxk --k harmonic --data countdown-graded", "harmonic " * 3,
+    pytest.param("--objective maxk --k harmonic --data divisor-graded", "harmonic " * 3,
                  marks=harmonic),
     ("--objective passk --k 2 --temperature 0.8", "2 2 2"),
-    ("--objective maxk --data countdown-graded", "2 2 2"),
-    ("--objective loo --data countdown-graded --k 3:1", "3 2 1"),
+    ("--objective maxk --data divisor-graded", "2 2 2"),
+    ("--objective loo --data divisor-graded --k 3:1", "3 2 1"),
 ])
 def test_every_objective_learns_the_mean_of_its_weights_over_the_ks(
         tmp_path, capsys, updates, flags, ks):
@@ -408,7 +408,7 @@ def test_another_architecture_with_a_chat_template_learns_from_a_file(
 def test_a_run_of_a_relative_folder_can_be_used_from_anywhere(monkeypatch, tmp_path):
     shutil.copytree(run.TOY, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    go("run", "--model", "model", "--data", "countdown", "--max-new-tokens", 12, "--steps", 1)
+    go("run", "--model", "model", "--data", "divisor", "--max-new-tokens", 12, "--steps", 1)
     monkeypatch.chdir(ROOT)
     assert os.path.samefile(run.resolve_model(str(tmp_path / "run"))[0], tmp_path / "model")
 
@@ -422,7 +422,7 @@ def test_the_toy_is_the_embedded_one_wherever_it_is_called(monkeypatch, tmp_path
 @pytest.mark.parametrize("which, name", [("training", "train"), ("held-out", "test")])
 @pytest.mark.parametrize("change", ["id", "question", "answer"])
 def test_a_run_does_not_go_on_with_changed_data(monkeypatch, tmp_path, which, name, change):
-    *problems, other = tasks.load_problems("countdown", 7)
+    *problems, other = tasks.load_problems("divisor", 7)
     files = {"train": problems[:3], "test": problems[3:]}
     monkeypatch.setattr(tasks, "read_jsonl", lambda path: files[path.stem])
     flags = ["--data", "train.jsonl", "--eval-data", "test.jsonl", "--steps", 1]
@@ -442,7 +442,7 @@ def test_the_report_takes_each_evaluations_own_problems(monkeypatch, tiny, capsy
     turned = first | {"step": 3, "ids": first["ids"][::-1], "rewards": first["rewards"][::-1]}
     records = {"evals.jsonl": [first, turned]}
     fake = SimpleNamespace(read=lambda name: records.get(name, []), folder=tiny)
-    train.report_run(fake, tasks.load_problems("countdown:test", 4))
+    train.report_run(fake, tasks.load_problems("divisor:test", 4))
     [line] = [each for each in capsys.readouterr().out.splitlines() if "minus before" in each]
     assert not re.search("[1-9]", line), line
 

@@ -33,10 +33,10 @@ from lib.run import TOY
 from sample import Rollout
 
 ONE = {"n": 8, "rows": 16, "accumulate": 2, "steps": 3, "k": 3, "objective": "passk",
-       "data": "countdown"}
+       "data": "divisor"}
 # Six rows a process and groups of four: the middle group lies on both processes.
 TWO = {"n": 4, "rows": 6, "accumulate": 1, "steps": 3, "k": 2, "objective": "loo",
-       "data": "countdown-graded"}
+       "data": "divisor-graded"}
 WEIGHTS = {"passk": rspo.pass_at_k_weights, "loo": rspo.leave_one_out_weights}
 
 
@@ -262,7 +262,7 @@ def trainer(reward, lora_dropout=0.0, k=4, objective="passk", **settings):
     import datasets
     from peft import LoraConfig
     model, tokenizer = load_toy()
-    rows = [{"prompt": problem.question} for problem in tasks.load_problems("countdown")[:8]]
+    rows = [{"prompt": problem.question} for problem in tasks.load_problems("divisor")[:8]]
     lora = LoraConfig(r=2, lora_dropout=lora_dropout, target_modules="all-linear",
                       task_type="CAUSAL_LM")
     return trl_rspo.RSPOTrainer(
@@ -301,7 +301,7 @@ def test_several_reward_functions_are_added_by_trls_weights(tmp_path):
 
 def test_the_script_trains_and_refuses_in_one_sentence(tmp_path):
     command = [
-        sys.executable, "integrations/trl_rspo.py", "--model", "toy", "--data", "countdown",
+        sys.executable, "integrations/trl_rspo.py", "--model", "toy", "--data", "divisor",
         "--dtype", "float32", "--k", "2", "--output_dir", str(tmp_path / "out"),
         "--num_generations", "4", "--per_device_train_batch_size", "8", "--max_steps", "1",
         "--loss_type", "luspo", "--scale_rewards", "none", "--max_completion_length", "12",

@@ -32,7 +32,7 @@ from lib.cli import UserError
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has it")
 
 TOY = str(run.TOY)
-SUMS = ["2357=22:", "3579=52:", "1234=10:", "4589=77:"]
+SUMS = ["30003:", "3579=52:", "1234=10:", "4589=77:"]
 NUMBERS = "Here is a list of all the numbers: " + " ".join(map(str, range(90)))
 LONG = f"{NUMBERS}. The largest of them is"
 TEXTS = [LONG, f"{LONG} not 7 but", "Once upon a time"]
@@ -336,7 +336,7 @@ def test_evaluate_serves_a_run_with_vllm_as_with_plain_pytorch(runs, tmp_path):
     curves = []
     for name in ("hf", "vllm"):
         args = cli.parse(evaluate.__doc__, evaluate.SETTINGS, [
-            "--sampler", name, "--data", "countdown:test", "--limit", "60", "--n", "32",
+            "--sampler", name, "--data", "divisor:test", "--limit", "60", "--n", "32",
             "--model", str(runs / "hf"), "--out", str(tmp_path / name)])
         entries, _ = evaluate.settle(args)
         [samples] = evaluate.sample_model(entries[str(runs / "hf")])
