@@ -42,7 +42,7 @@ from lib.cli import UserError
 from lib.tasks import Problem
 
 RNG = random.Random(0)
-PROBLEMS = [Problem(f"p{i}", f"q{i}", "1=1") for i in range(12)]
+PROBLEMS = [Problem(f"p{i}", f"q{i}", "15") for i in range(12)]
 GRADED = [Problem(p.id, p.question, p.answer, "divisor-graded") for p in PROBLEMS]
 RIGHT = [[float(RNG.random() < i / 12) for _ in range(6)] for i in range(12)]
 REAL = [[RNG.choice([0, 0.25, RNG.random(), 1]) for _ in range(6)] for _ in range(12)]

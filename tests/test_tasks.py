@@ -78,7 +78,8 @@ def questions(problems):
 
 @pytest.mark.parametrize("name", tasks.GAMES)
 def test_the_parts_are_a_partition_8_to_1_to_1(name):
-    whole, *parts = (tasks.load_problems(name + part) for part in ("", ":train", ":select", ":test"))
+    names = [name + part for part in ("", ":train", ":select", ":test")]
+    whole, *parts = map(tasks.load_problems, names)
     assert {p.task for p in whole} == {name}
     assert len({p.id for p in whole}) == len(whole) == len(tasks.composites())
     assert sum(map(len, parts)) == len(whole) and set().union(*parts) == set(whole)

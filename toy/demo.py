@@ -136,7 +136,7 @@ def main() -> None:
     texts = texts_of(runs, problems)
     draw(curves(runs), texts, FOLDER / "demo.png")
 
-    sentence = ("\nWith 8 tries the toy finds a divisor of this share of the numbers: before {:.2f},"
+    sentence = ("\nWith 8 tries the toy finds a divisor of this share of numbers: before {:.2f},"
                 "\ntrained for one try (ordinary RL) {:.2f}, trained for the best of 8 {:.2f}.\n")
     print(re.sub(r"0(\.\d\d)", r"\1", sentence.format(*at[8])))
     print(evaluate.table(found))
