@@ -2,7 +2,7 @@
 
     python ablate.py                      list the experiments
     python ablate.py alignment --quick    one, for the class: three minutes
-    python ablate.py all                  all, on the toy, five seeds: half an hour
+    python ablate.py all                  all on the toy, five seeds
     python ablate.py alignment --model Qwen2.5-Math-1.5B
 
 A setting is one curve, a cell one run of train.py at one setting and seed. Flags of
