@@ -293,7 +293,7 @@ def line_of(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="toy")
-    parser.add_argument("--data", default="countdown")
+    parser.add_argument("--data", default="divisor")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=12)

@@ -33,10 +33,10 @@ from lib.run import TOY
 from sample import Rollout
 
 ONE = {"n": 8, "rows": 16, "accumulate": 2, "steps": 3, "k": 3, "objective": "passk",
-       "data": "countdown"}
+       "data": "divisor"}
 # Six rows a process and groups of four: the middle group lies on both processes.
 TWO = {"n": 4, "rows": 6, "accumulate": 1, "steps": 3, "k": 2, "objective": "loo",
-       "data": "countdown-graded"}
+       "data": "divisor-graded"}
 WEIGHTS = {"passk": rspo.pass_at_k_weights, "loo": rspo.leave_one_out_weights}
 
 
@@ -152,9 +152,10 @@ def make_learner(start: Path) -> policy.Learner:
     return policy.Learner(model, 1e-3, 1.0, 16384)
 
 
-def test_our_learner_arrives_at_the_same_parameters(recorded, tokenizer):
+def test_our_learner_arrives_at_the_same_parameters(recorded, tokenizer, monkeypatch):
     """From the same adapter, on the same samples, it is TRL's after each step, to rounding."""
     folder, settings, processes = recorded
+    monkeypatch.setattr(policy, "MAX_GRAD_NORM", 0.1)  # as in trl_run.py
     learner = make_learner(folder / "adapter-0.safetensors")
     log = json.loads((folder / "log.json").read_text())["rows"]
     for step in range(settings["steps"]):
@@ -162,7 +163,7 @@ def test_our_learner_arrives_at_the_same_parameters(recorded, tokenizer):
         weights = expected_weights(batch["rewards"].flatten(), settings)
         stats = learner.update(scored(learner.model, rollouts(batch, tokenizer)), weights)
         assert stats["grad_norm"] == pytest.approx(log[step]["grad_norm"], rel=1e-5)
-        assert stats["grad_norm"] > 1  # clipped, both at the same norm
+        assert stats["grad_norm"] > 0.1  # clipped, both at the same norm
         gap, moved = distance(learner.model, folder, step)
         print(f"{processes} process(es), step {step + 1}: largest gap of a parameter {gap:.1e}, "
               f"of {moved:.1e} moved")
@@ -262,7 +263,7 @@ def trainer(reward, lora_dropout=0.0, k=4, objective="passk", **settings):
     import datasets
     from peft import LoraConfig
     model, tokenizer = load_toy()
-    rows = [{"prompt": problem.question} for problem in tasks.load_problems("countdown")[:8]]
+    rows = [{"prompt": problem.question} for problem in tasks.load_problems("divisor")[:8]]
     lora = LoraConfig(r=2, lora_dropout=lora_dropout, target_modules="all-linear",
                       task_type="CAUSAL_LM")
     return trl_rspo.RSPOTrainer(
@@ -301,7 +302,7 @@ def test_several_reward_functions_are_added_by_trls_weights(tmp_path):
 
 def test_the_script_trains_and_refuses_in_one_sentence(tmp_path):
     command = [
-        sys.executable, "integrations/trl_rspo.py", "--model", "toy", "--data", "countdown",
+        sys.executable, "integrations/trl_rspo.py", "--model", "toy", "--data", "divisor",
         "--dtype", "float32", "--k", "2", "--output_dir", str(tmp_path / "out"),
         "--num_generations", "4", "--per_device_train_batch_size", "8", "--max_steps", "1",
         "--loss_type", "luspo", "--scale_rewards", "none", "--max_completion_length", "12",
