@@ -66,7 +66,7 @@ def main() -> None:
         per_device_train_batch_size=settings["rows"],
         gradient_accumulation_steps=settings["accumulate"], max_steps=settings["steps"],
         max_completion_length=12, learning_rate=1e-3, lr_scheduler_type="constant",
-        adam_beta2=0.95, max_grad_norm=1.0, loss_type="luspo", scale_rewards="none", seed=0,
+        adam_beta2=0.95, max_grad_norm=0.1, loss_type="luspo", scale_rewards="none", seed=0,
         use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1,
         disable_tqdm=True)
     rows = [{"prompt": p.question, "problem": i} for i, p in enumerate(problems)]
