@@ -95,7 +95,7 @@ def max_at_k_weights(rewards, k: int | str) -> Tensor:
     steps = ascending.diff(dim=-1, prepend=zero)  # (..., n)
     gains = _gains(rewards, k)  # (n,)
     weights = (steps * gains).cumsum(-1)  # (..., n)
-    return weights.gather(-1, order.argsort(-1))  # (..., n)
+    return torch.empty_like(weights).scatter(-1, order, weights)  # (..., n)
 
 
 def leave_one_out_weights(rewards, k: int) -> Tensor:
@@ -120,7 +120,7 @@ def leave_one_out_weights(rewards, k: int) -> Tensor:
     shared = (steps * gains.roll(1)).cumsum(-1)  # (..., n)  U - U_(1)
     shared = shared - shared.mean(-1, keepdim=True)  # (..., n)  U - mean U
     weights = n / (n - k) * shared  # (..., n)
-    return weights.gather(-1, order.argsort(-1))  # (..., n)
+    return torch.empty_like(weights).scatter(-1, order, weights)  # (..., n)
 
 
 # -------- what else is done: rivals
@@ -224,7 +224,6 @@ def _checked(rewards, k, binary=False, harmonic=False) -> Tensor:
     bad = rewards[~rewards.isfinite()]
     if len(bad):
         raise ValueError(f"rewards hold {bad[0].item()}, but must be finite")
-    bad = rewards[(rewards != 0) & (rewards != 1)]
-    if binary and len(bad):
+    if binary and len(bad := rewards[(rewards != 0) & (rewards != 1)]):
         raise ValueError(f"rewards hold {bad[0].item()}, but Pass@k needs 0 or 1")
     return rewards
