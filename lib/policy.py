@@ -13,10 +13,10 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-import transformers as tf
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_ as clip
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import rspo
 from lib.cli import UserError
 
-tf.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 LORA_ALPHA = 32  # the adapter's scale is alpha / rank
 MAX_GRAD_NORM = 1.0
@@ -81,19 +81,19 @@ def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None
     device, how = device or pick_device(), {"trust_remote_code": False}
     dtype, quantised = getattr(torch, pick_dtype(dtype)), {}
     if load_in_4bit:
-        nf4 = tf.BitsAndBytesConfig(
+        nf4 = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         quantised = {"device_map": {"": device}, "quantization_config": nf4}
     with loading(base):
-        tokenizer = tf.AutoTokenizer.from_pretrained(base, **how)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, **how)
         if not tokenizer("1 + 1", add_special_tokens=False).input_ids:
             raise ValueError("it has no tokenizer files")  # one was made up
-        config = tf.AutoConfig.from_pretrained(base, **how)
+        config = transformers.AutoConfig.from_pretrained(base, **how)
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
-        model, info = tf.AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             base, config=config, dtype=dtype, use_safetensors=True,
             output_loading_info=True, **how, **quantised)
         if info["missing_keys"]:  # they were filled with random numbers
@@ -230,7 +230,7 @@ class Learner:
                 self.micro_batch_tokens //= 2
                 torch.cuda.empty_cache()
                 tqdm.write(f"out of memory: --micro-batch-tokens is {self.micro_batch_tokens} now")
-        norm = clip(self.parameters, MAX_GRAD_NORM).item()
+        norm = clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
         if not isfinite(norm):
             guilty = self._guilty(rollouts, weights, kept)
             raise BadNumbers(f"the gradient norm is {norm}", guilty)
@@ -261,7 +261,7 @@ class Learner:
         """The rollout whose gradient alone is not finite, or None."""
         for i in kept:
             self._gradient(rollouts, weights, [i])
-            if not clip(self.parameters, MAX_GRAD_NORM).isfinite():
+            if not clip_grad_norm_(self.parameters, MAX_GRAD_NORM).isfinite():
                 return rollouts[i]
 
     @torch.no_grad()
