@@ -227,15 +227,7 @@ class Run:
                 print(f"\nstopped; {self.save(learner)} is whole, {go_on}")
                 raise SystemExit(128 + self.signal) from None
             except (UserError, BadNumbers, torch.OutOfMemoryError) as error:
-                row = {"step": self.step + 1, "error": str(error)}
-                if rollout := getattr(error, "rollout", None):
-                    asked = (vars(p) for p in problems if p.prompt_ids == rollout.prompt_ids)
-                    row |= next(asked, {}) | vars(rollout)
-                self.write("failures.jsonl", [row])
-                if isinstance(error, BrokenPolicy):  # its checkpoint is of no use
-                    shutil.rmtree(self.folder / f"step_{self.step:06d}", ignore_errors=True)
-                else:
-                    self.save(learner)
+                self._keep(learner, error, problems)
                 if isinstance(error, BadNumbers):
                     go_on = "start again with a lower --lr"
                     if sound := newest_checkpoint(self.folder):
@@ -247,7 +239,19 @@ class Run:
                             f"writable, and {go_on}") from error
         finally:
             self._lock.close()
-            for left in self.folder.glob(".*"):  # half a checkpoint, vLLM's adapter
+            for left in (*self.folder.glob(".step_*"), self.folder / ".adapter"):
                 shutil.rmtree(left, ignore_errors=True)
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+    def _keep(self, learner, error: Exception, problems: list) -> None:
+        """Write down the rollout to blame, and the policy before the step that failed."""
+        row = {"step": self.step + 1, "error": str(error)}
+        if rollout := getattr(error, "rollout", None):
+            asked = (vars(p) for p in problems if p.prompt_ids == rollout.prompt_ids)
+            row |= next(asked, {}) | vars(rollout)
+        self.write("failures.jsonl", [row])
+        if isinstance(error, BrokenPolicy):  # its checkpoint is of no use
+            shutil.rmtree(self.folder / f"step_{self.step:06d}", ignore_errors=True)
+        else:
+            self.save(learner)
