@@ -101,9 +101,12 @@ def make_curve(name: str, problems: list[Problem], rewards: list[list[float]],
     check_ks(ks, n, name)
     graded = any(p.graded for p in problems)
     estimate = rspo.max_at_k if graded else rspo.pass_at_k
-    values = [torch.stack([estimate(row, k) for k in ks]) for row in rewards]
+    if len(set(map(len, rewards))) == 1:
+        values = torch.stack([estimate(rewards, k) for k in ks], -1)  # (M, K)
+    else:
+        values = torch.stack([torch.stack([estimate(row, k) for k in ks]) for row in rewards])
     ids = tuple(p.id for p in problems)
-    return Curve(name, "max" if graded else "pass", ks, torch.stack(values), ids)
+    return Curve(name, "max" if graded else "pass", ks, values, ids)
 
 
 def describe_answers(groups: list[list[Answer]], rewards) -> dict[str, Tensor]:
@@ -169,13 +172,15 @@ def student(freedom: float) -> float:
 def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
     """Shared ks, mean of after - before by problem, half width; None if none is shared."""
     ks = tuple(k for k in after.ks if k in before.ks)
-    shared = [problem for problem in after.problems if problem in before.problems]
+    known = set(before.problems)
+    shared = [problem for problem in after.problems if problem in known]
     if not ks or not shared or after.metric != before.metric:
         return None
 
     def pick(curve: Curve) -> Tensor:
-        rows = [curve.problems.index(problem) for problem in shared]
-        return curve.values[..., rows, :][..., [curve.ks.index(k) for k in ks]]
+        row_of = {problem: i for i, problem in enumerate(curve.problems)}
+        rows = curve.values[..., [row_of[problem] for problem in shared], :]
+        return rows[..., [curve.ks.index(k) for k in ks]]
     return ks, *interval(pick(after) - pick(before))
 
 
@@ -193,12 +198,12 @@ def summary(curves: list[Curve]) -> list[dict]:
         if curve is not first and (change := difference(curve, first)):
             found += [(first.name, f"{curve.metric}@{k}", mean, mean - half, mean + half)
                       for k, mean, half in zip(*change)]
+        shared = len({*curve.problems} & {*first.problems})
         for minus, metric, *ends in found:
-            problems = {*curve.problems} & {*(first if minus else curve).problems}
             numbers = dict(zip(("mean", "low_95", "high_95"), map(float, ends)))
             rows.append({
-                "data": curve.data, "model": curve.name, "minus": minus,
-                "metric": metric, **numbers, "problems": len(problems),
+                "data": curve.data, "model": curve.name, "minus": minus, "metric": metric,
+                **numbers, "problems": shared if minus else len(curve.problems),
                 "grader_failures": curve.failures + first.failures * bool(minus)})
     return rows
 
