@@ -15,7 +15,6 @@ from lib import cli
 if __name__ == "__main__":
     cli.refuse_early(lambda: cli.parse(__doc__, cli.SETTINGS))
 
-import hashlib
 import random
 import resource
 import subprocess
@@ -279,13 +278,14 @@ def config_of(args, problems: list, held_out: list) -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
     used = {"torch", "transformers", "peft", "vllm"} & sys.modules.keys()
-    texts = {which: repr([(p.id, p.question, p.answer, p.task, p.prompt) for p in each])
-             for which, each in (("training", problems), ("held-out", held_out))}
     return {"flags": {name: getattr(args, name) for name in RUN_FLAGS},
             "versions": {name: sys.modules[name].__version__ for name in sorted(used)},
-            "git_commit": commit,
-            "data": {which: hashlib.sha256(text.encode()).hexdigest()
-                     for which, text in texts.items()}}
+            "git_commit": commit, "data": digests_of(problems, held_out)}
+
+
+def digests_of(problems: list, held_out: list) -> dict[str, str]:
+    return {which: sample.digest([sample.fingerprint(p) for p in each])
+            for which, each in (("training", problems), ("held-out", held_out))}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     check(args, problems[0].graded)
     if args.resume:
         before = read_config(args.resume)["data"]
-        for which, digest in config_of(args, problems, held_out)["data"].items():
+        for which, digest in digests_of(problems, held_out).items():
             if before[which] != digest:
                 cli.fail(f"--resume {args.resume}: its {which} problems have changed since it "
                          "began; put them back or start a new run")
