@@ -37,7 +37,7 @@ def best_bets(graded: bool = False, numbers: int = 1000) -> dict[int, tuple]:
     chosen, judged = (world(f"divisor:{part}", numbers, graded) for part in ("train", "test"))
     found = {}
     for k in KS:
-        logits = bandit.train(chosen, k, STEPS, LR)  # (A,)
+        logits = bandit.train(chosen, k, torch.zeros(len(ACTIONS)).double(), steps=STEPS, lr=LR)
         found[k] = logits.softmax(-1), [bandit.objective(judged, logits, j).item() for j in KS]
     return found
 
