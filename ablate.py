@@ -82,7 +82,8 @@ def settle(argv: list[str]):
         few = lambda flags: flags["k"] in (1, 8) and "steps" not in flags
         chosen = {name: {label: flags for label, flags in settings.items() if few(flags)}
                   for name, settings in chosen.items()}
-    seeds, toy = seeds[:args.seeds] if args.seeds else seeds, args.model in (None, "toy")
+    seeds = range(seeds[0], seeds[0] + (args.seeds or len(seeds)))
+    toy = args.model in (None, "toy")
     flags = {**(scale if toy or args.quick else {}), **given}
     return chosen, args.out or SETTINGS["out"].default, toy, seeds, flags
 
@@ -192,7 +193,7 @@ def check_alike(results: dict[str, dict[int, tuple]]) -> None:
     """UserError where cells differ in the problems of their evaluation or in their code."""
     every = [each for of in results.values() for each in of.values()]
     for what, values in (("problems", [evaluation["ids"] for evaluation, *_ in every]),
-                         ("versions of the code", [config.get("code") for *_, config in every])):
+                         ("versions of the code", [config["git_commit"] for *_, config in every])):
         if any(value != values[0] for value in values):
             cli.fail(f"some cells were made with different {what}: delete the older ones, or "
                      "give another --out")
