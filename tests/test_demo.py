@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
 
 import rspo
 from lib import cli, tasks
@@ -17,11 +16,10 @@ FLAGS = ("--steps", "3", "--limit", "30", "--eval-n", "32", "--n", "16", "--prom
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     """Its run directories and what it prints."""
-    folder = tmp_path_factory.mktemp("demo")
+    folder = tmp_path_factory.mktemp("new") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "FOLDER", folder)
-        patch.setattr(demo, "ROOT", folder)
-        patch.setattr(demo, "CODE", ROOT)
+        patch.chdir(folder.parent)
         patch.setattr(demo, "FLAGS", FLAGS)
         patch.setattr("sys.argv", ["demo.py"])
         lines = []
