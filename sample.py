@@ -227,8 +227,8 @@ def stop_ids(model, tokenizer) -> list[int]:
         added = tokenizer.added_tokens_decoder
         stops |= {i for i in first if i in added and added[i].special}
     if stops == {None}:
-        cli.fail("there is no end token, so every answer would be cut off: "
-                 "add eos_token to tokenizer_config.json")
+        cli.fail("neither tokenizer nor settings name an end token, so every answer "
+                 "would be cut off: add eos_token to tokenizer_config.json")
     return sorted(stops - {None})
 
 
