@@ -23,8 +23,9 @@ COMMANDS = {name: by for names, by in [
     ("left right big Big bigl bigr displaystyle degree °", ""), ("quad qquad", " "),
     ("mbox underline textbf textit textrm mathbf mathit mathrm boldsymbol bm", r"\text"),
     ("dfrac tfrac cfrac", r"\frac"), ("lt", "<"), ("gt", ">"),
-    ("le leq leqslant", "≤"), ("ge geq geqslant", "≥"), ("ne neq", "≠"), ("in approx ∈", "="),
-    ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("infty", "∞"), ("lbrace", r"\{"), ("rbrace", r"\}"),
+    ("le leq leqslant", "≤"), ("ge geq geqslant", "≥"), ("ne neq", "≠"),
+    ("in approx ∈", "="), ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("infty", "∞"),
+    ("lbrace", r"\{"), ("rbrace", r"\}"),
     ("π", r"\pi "), ("√", r"\sqrt "), ("×", r"\times "), ("·", r"\cdot "), ("− –", "-"),
     ("colon", ":"), ("gamma", r"\varsigma")] for name in names.split()}
 NAME = r"(?:[a-zA-Z]|\\text\{\w+\}|\\[a-z]{2,8})(?:\w*|_\{.*?\})(?:\(\w\))?"
@@ -51,7 +52,8 @@ TIDY = [(re.compile("(?as)" + pattern), by) for pattern, by in [
     (r"(?<=\d)\s*\\text\{\(?base (\d+)\)?\}", r"_\1"),
     (rf"(?:(?<=[\d)}}])\s*|(?<=\\pi)\s+)({UNIT_WORD}[a-zA-Z ./]*)", r"\\text{\1}"),
     (rf"\\\{{{NAME}\s*(?:=\s*\\mathbb\{{?R\}}?)?\s*(?:\\mid|:|\|)", r"\\{"),
-    (r"^(?:[a-z]\s*≠|\\mathbb\{R\}\s*\\setminus\s*\\\{)([^{},]+?)(?:\\\})?$", r"(-∞,\1)∪(\1,∞)"),
+    (r"^(?:[a-z]\s*≠|\\mathbb\{R\}\s*\\setminus\s*\\\{)([^{},]+?)(?:\\\})?$",
+     r"(-∞,\1)∪(\1,∞)"),
     (r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)?\s*\\end\{\1\}",
      lambda match: "[(" + re.sub(r"\\\\(?:\[\w+\])?", "),(", match[2].replace("&", ",")) + ")]")]]
 NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"

@@ -2,8 +2,8 @@
 
 1. Experiments are data: every flag exists, every setting can run, and the reference is one of
    them. A cell is named after its flags, so experiments share cells.
-2. Verdicts, stars and intervals of a report agree, over the seeds that all settings have. The
-   problems that chose the toy's settings are left out.
+2. Verdicts, stars and intervals of a report agree, over the seeds that all settings have. What
+   is reported is not what chose the toy's settings. Cells of two versions are not mixed.
 3. A cell that fails harms no other, and its reason is in the report. Killed at once (-9), nothing
    runs on, and the same command goes on to the same numbers. What is done is not done again.
 4. What cannot work is refused in one sentence.
@@ -29,7 +29,7 @@ import train
 from lib import cli, run, tasks
 from lib.cli import UserError
 
-STEPS, LIMIT = 40, ablate.SEEN + 4
+STEPS, LIMIT = 40, 4
 TINY = (f"--steps {STEPS} --prompts 2 --n 4 --eval-n 4 --save-every 4 --seeds 1 "
         f"--limit {LIMIT}").split()
 SETTINGS = [(name, label, setting) for name, (_, _, settings) in ablate.EXPERIMENTS.items()
@@ -68,9 +68,9 @@ def test_the_experiments_are_what_they_are_called():
     settings = lambda name: ablate.EXPERIMENTS[name][2]
     assert {each["k"] for each in settings("sanity").values()} == {1}
     for label, each in settings("samples").items():
-        n, prompts = each.get("n", 16), each.get("prompts", 32)  # train.py's own
-        assert (n * prompts == 16 * 32) == ("equal steps" not in label)
-    assert cli.SETTINGS["n"].default * cli.SETTINGS["prompts"].default == 16 * 32
+        n, prompts = each.get("n", 32), each.get("prompts", 16)  # the toy's own
+        assert (n * prompts == 32 * 16) == ("equal steps" not in label)
+    assert (cli.SETTINGS["n"].toy, cli.SETTINGS["prompts"].toy) == (32, 16)
 
 
 def test_experiments_share_the_cells_of_equal_flags_and_no_others(tmp_path):
@@ -84,11 +84,12 @@ def test_experiments_share_the_cells_of_equal_flags_and_no_others(tmp_path):
     assert all(re.fullmatch(r"[\w.+-]+", folder.name) for folder in others)
     assert of({"k": 4, "objective": "grpo"}).name.startswith("k-4_objective-grpo_seed-31-")
     cells = lambda name: {of(each) for each in ablate.EXPERIMENTS[name][2].values()}
-    assert cells("alignment") == cells("entropy") == cells("hitchhiking") & cells("curve")
+    assert cells("alignment") == cells("entropy")
+    assert cells("hitchhiking") & cells("curve") == {of({"k": 8})}
 
 
 def test_the_seeds_of_an_experiment_are_as_many_as_asked_for():
-    for flags, count in (([], 5), (["--quick"], 2), (["--seeds", "7"], 7), (["--quick"], 2)):
+    for flags, count in (([], 5), (["--quick"], 3), (["--seeds", "7"], 7), (["--quick"], 3)):
         seeds = ablate.settle(["noise", *flags])[3]
         assert len(seeds) == count and len(set(seeds)) == count
     full, quick = (set(ablate.settle(["noise", *flags])[3]) for flags in ([], ["--quick"]))
@@ -98,7 +99,7 @@ def test_the_seeds_of_an_experiment_are_as_many_as_asked_for():
 # ---------------------------------------------------------------- 2. reports
 
 KS = (1, 2, 4, 8, 16)
-GAINS = {"RSPO k = 1": 0.0, "RSPO k = 2": 0.3, "RSPO k = 4": -0.2, "RSPO k = 8": 0.02}
+GAINS = {"k = 1": 0.0, "k = 2": 0.3, "k = 4": -0.2, "k = 8": 0.02}
 
 
 def made_up(gains, seeds=(1, 2, 3), M=30, n=16):
@@ -108,12 +109,12 @@ def made_up(gains, seeds=(1, 2, 3), M=30, n=16):
     row = {"pass@k": 0.5, "reward": 0.2, "distinct_correct": 1.0, "zero_weight_prompts": 0.0}
     return {label: {seed: (
         {"ids": ids, "rewards": (torch.rand(M, n) < chance + gain).double().tolist()},
-        [{**row, "entropy": 1.0 + i} for i in range(8)])
+        [{**row, "entropy": 1.0 + i} for i in range(8)], {"git_commit": "one"})
         for seed in seeds} for label, gain in gains.items()}
 
 
 def estimates(results, label):
-    rewards = torch.tensor([found["rewards"] for found, _ in results[label].values()])
+    rewards = torch.tensor([found["rewards"] for found, *_ in results[label].values()])
     return torch.stack([rspo.pass_at_k(rewards, k) for k in KS], -1)  # (S, M, K)
 
 
@@ -132,9 +133,9 @@ def test_verdicts_and_stars_agree_with_the_intervals(tmp_path):
     words, cells = set(), changes_in(text)
     assert list(cells) == list(GAINS)[1:]
     for label in cells:
-        change = estimates(results, label) - estimates(results, "RSPO k = 1")
+        change = estimates(results, label) - estimates(results, "k = 1")
         mean, half = (each.tolist() for each in evaluate.interval(change))
-        [said] = re.findall(rf"- {label} against RSPO k = 1: (.*)\.", text)
+        [said] = re.findall(rf"- {label} against k = 1: (.*)\.", text)
         expected = {}
         for k, m, h, shown in zip(KS, mean, half, cells[label], strict=True):
             word = "not separated" if abs(m) <= h else "better" if m > 0 else "worse"
@@ -156,20 +157,20 @@ def test_a_verdict_is_what_its_interval_says():
 
 def test_a_report_is_over_the_seeds_that_all_settings_have(tmp_path):
     results = made_up(GAINS)
-    del results["RSPO k = 4"][2]
+    del results["k = 4"][2]
     shared = {label: {seed: each[seed] for seed in (1, 3)} for label, each in results.items()}
     text = ablate.report("alignment", results, [], tmp_path)
     assert text == ablate.report("alignment", shared, [], tmp_path) and "2 seed(s)" in text
-    results["RSPO k = 8"] = {}  # a setting that failed altogether is left out
+    results["k = 8"] = {}  # a setting that failed altogether is left out
     assert "2 seed(s)" in ablate.report("alignment", results, [], tmp_path)
-    results["RSPO k = 8"] = {9: shared["RSPO k = 8"][1]}
+    results["k = 8"] = {9: shared["k = 8"][1]}
     text = ablate.report("alignment", results, ["- why"], tmp_path)
     assert "- why" in text and "nothing to report" in text
 
 
 def test_other_columns_are_means_of_the_last_quarter_of_training_over_the_seeds():
-    results = made_up(GAINS)["RSPO k = 1"]
-    for seed, (_, metrics) in results.items():
+    results = made_up(GAINS)["k = 1"]
+    for seed, (_, metrics, _) in results.items():
         metrics[-1]["reward"] = seed / 10
     curve = ablate.curve_of("x", list(results.values()), "alignment")
     assert curve.metric == "pass" and curve.ks == KS and curve.values.shape == (3, 30, 5)
@@ -177,39 +178,49 @@ def test_other_columns_are_means_of_the_last_quarter_of_training_over_the_seeds(
     assert curve.more["entropy"].tolist() == [7.5] * 3  # of 7 and 8, the last two steps of eight
 
 
-def test_a_cell_is_done_when_its_last_evaluation_is_there_and_seen_problems_are_left_out(tmp_path):
+def test_a_cell_is_done_when_its_last_evaluation_is_there(tmp_path):
     folder = tmp_path / "cell"
     args = train.settle(["--steps", "2", "--run", str(folder)])
-    assert ablate.result(folder, 0) is None
+    assert ablate.result(folder) is None
     folder.mkdir()
     config = {"format": run.FORMAT, **train.config_of(args, [], [])}
     (folder / "config.json").write_text(json.dumps(config))
-    assert ablate.result(folder, 0) is None
+    assert ablate.result(folder) is None
     last = {"step": 2, "ids": ["a", "b", "c"], "rewards": [[0.0], [1.0], [0.5]]}
     cli.write_rows(folder / "metrics.jsonl", [{"step": 1}, {"step": 2}])
     cli.write_rows(folder / "evals.jsonl", [{**last, "step": 0}])
     with (folder / "evals.jsonl").open("a") as file:
         file.write(json.dumps(last))  # without its line end: it is being written
-    assert ablate.result(folder, 0) is None
+    assert ablate.result(folder) is None
     cli.write_rows(folder / "evals.jsonl", [{**last, "step": 0}, last], "w")
-    assert ablate.result(folder, 2) == (
-        {"ids": ["c"], "rewards": [[0.5]]}, [{"step": 1}, {"step": 2}])
+    assert ablate.result(folder) == (last, [{"step": 1}, {"step": 2}], run.read_config(folder))
 
 
-def test_the_seen_problems_are_the_first_of_every_evaluation_of_the_toy():
-    ids = lambda data, limit: [p.id for p in tasks.load_problems(data, limit)]
-    seen = ids("divisor:test", ablate.SEEN)
-    for data in ("divisor:test", "divisor-graded:test"):
-        assert ids(data, 600)[:ablate.SEEN] == seen
-    for flags in ([], ["--quick"]):
-        assert ablate.settle(["noise", *flags])[4]["limit"] > ablate.SEEN + 50
+def test_what_is_reported_is_not_what_chose_the_settings():
+    for flags in ([], ["--quick"], ["--limit", "9"]):
+        words, folder = ablate.cell({"k": 8}, 31, ablate.settle(["noise", *flags])[4], Path("x"))
+        args = train.settle([*words, "--run", str(folder)])
+        data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
+        assert data[2:] == ("divisor:train", "divisor:test")
+        chose = {p.id for p in tasks.load_problems("divisor:select")}
+        assert not chose & {p.id for part in data[:2] for p in part}
+
+
+@pytest.mark.parametrize("change, said", [
+    ("ids", "different problems"), ("git_commit", "different versions of the code")])
+def test_cells_that_are_not_alike_are_not_mixed(tmp_path, change, said):
+    results = made_up(GAINS)
+    evaluation, _, config = results["k = 4"][2]
+    (config if change == "git_commit" else evaluation)[change] = ["other"]
+    with pytest.raises(UserError, match=said):
+        ablate.report("alignment", results, [], tmp_path)
 
 
 # ---------------------------------------------------------------- 3. grids
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """n = 4, so the setting k = 8 cannot run."""
+    """n = 4, so the settings k = 8 and k = 16 cannot run."""
     out = tmp_path_factory.mktemp("grid")
     ablate.main(["alignment", *TINY, "--out", str(out)])
     return out
@@ -228,9 +239,9 @@ def records(out):
 
 def test_a_failed_cell_harms_no_other_and_its_reason_is_in_the_report(grid):
     text = (grid / "alignment.md").read_text()
-    [reason] = re.findall("- RSPO k = 8, seed 31: failed, (.*)", text)
+    [reason] = re.findall("- k = 8, seed 31: failed, (.*)", text)
     assert "--k 8 --objective passk: k is 8, but must be a whole number with 1 <= k <= n" in reason
-    assert list(changes_in(text)) == ["RSPO k = 2", "RSPO k = 4"]
+    assert list(changes_in(text)) == ["k = 2", "k = 4"]
     assert "over 4 problems" in text and (grid / "alignment.png").stat().st_size > 10_000
     done = records(grid).values()
     sizes = [(len(metrics), len(evals[-1]["ids"])) for evals, metrics in done]
@@ -241,7 +252,7 @@ def test_the_same_command_and_another_experiment_do_nothing_twice(grid, monkeypa
     asked, run_cells = [], ablate.run_cells
 
     def count(cells, workers):
-        asked.append([folder.name[:3] for folder in cells])
+        asked.append([folder.name.split("_")[0] for folder in cells])
         return run_cells(cells, workers)
     monkeypatch.setattr(ablate, "run_cells", count)
     before, reports = records(grid), []
@@ -249,7 +260,7 @@ def test_the_same_command_and_another_experiment_do_nothing_twice(grid, monkeypa
         ablate.main([name, *TINY, "--out", str(grid)])
         assert (grid / f"{name}.md").read_text().strip() in capsys.readouterr().out
         reports.append(re.findall(r"\S*\+-\S*", (grid / f"{name}.md").read_text()))
-    assert asked == [["k-8"], ["k-8"]] and records(grid) == before  # only what failed, again
+    assert asked == [["k-8", "k-16"]] * 2 and records(grid) == before  # only what failed, again
     assert reports[0] == reports[1] != []
 
 
@@ -267,8 +278,8 @@ def test_a_cell_that_is_killed_is_named_with_its_signal_and_goes_on(tmp_path):
     thread = threading.Thread(target=kill_the_first, daemon=True)
     thread.start()
     assert ablate.run_cells(cells, workers=1) == {first: "ended by signal 9"}
-    assert ablate.result(first, 0) is None and ablate.result(second, 0)
-    assert ablate.run_cells({first: cells[first]}, workers=1) == {} and ablate.result(first, 0)
+    assert ablate.result(first) is None and ablate.result(second)
+    assert ablate.run_cells({first: cells[first]}, workers=1) == {} and ablate.result(first)
 
 
 def alive(session):
@@ -315,7 +326,7 @@ def test_without_an_experiment_all_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(ablate.EXPERIMENTS)
     assert max(map(len, lines)) <= 100
-    assert ablate.settle(["all"])[0] == list(ablate.EXPERIMENTS)
+    assert list(ablate.settle(["all"])[0]) == list(ablate.EXPERIMENTS)
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -324,7 +335,6 @@ def test_without_an_experiment_all_are_listed(capsys):
     *[(f"noise --{name} {value}", f"--{name} is what the experiments vary: leave it out")
       for name, value in (("k", 4), ("objective", "loo"), ("flip", 0), ("seed", 0), ("run", "x"),
                           ("resume", "x"))],
-    ("noise --limit 100", "--limit is 100, but must be at least 202"),
     ("noise --seeds 0", "--seeds is 0, but must be at least 1"),
     ("noise --stps 3", "'--stps' is no flag and belongs to none, did you mean '--steps'"),
     ("noise alignment", "'alignment' is no flag"), ("noise --steps 0", "--steps is 0")])

@@ -310,16 +310,16 @@ DRAW = """if True:
     import json, sys
     from pathlib import Path
     import ablate, bandit, evaluate, train, matplotlib, torch
-    curves = [evaluate.Curve(name, "pass", (1, 2), torch.rand(3, 2), ("a", "b", "c"))
+    curves = [evaluate.Curve(name, "pass", (1, 2), torch.rand(2, 3, 2), ("a", "b", "c"))
               for name in "xy"]
     folder = Path(sys.argv[1])
     evaluate.plot(curves, folder / "curves.png", "title")
     row = {"reward": 0.5, "pass@k": 0.5, "entropy": 1.0, "zero_weight_prompts": 0.0,
            "completion_tokens": 9.0, "grad_norm": 1.0}
     evaluate.plot_history([{"step": i, **row} for i in (1, 2)], folder / "history.png")
-    changes = {"y": evaluate.difference(curves[1], curves[0])}
-    ablate.draw(curves, changes, {name: {0: ({}, [row, row])} for name in "xy"},
-                folder / "report.png")
+    for name in ("entropy", "report"):
+        ablate.draw(name, curves, {name: {0: ({}, [row, row], {})} for name in "xy"},
+                    folder / f"{name}.png")
     print([name for name in sys.modules if "matplotlib.pyplot" in name or "backend_tk" in name])
     print(dict.__getitem__(matplotlib.rcParams, "backend"))"""
 
@@ -330,7 +330,7 @@ def test_no_figure_needs_or_changes_a_backend(tmp_path):
         [sys.executable, "-c", DRAW, tmp_path], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "MPLBACKEND": "module://nowhere"})
     assert done.stdout == "[]\nmodule://nowhere\n", done.stderr
-    for name in ("curves", "history", "report"):
+    for name in ("curves", "history", "report", "entropy"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -360,7 +360,8 @@ def numbers(path):
 def trained(tmp_path_factory):
     """A run directory as train.py leaves it, with an adapter that does something."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
-    args = train.settle(["--run", str(folder), "--limit", "9", "--lora-rank", "4"])
+    args = train.settle(["--run", str(folder), "--limit", "9", "--lora-rank", "4",
+                         "--steps", "400"])
     args.data, args.eval_data = "divisor:train", "divisor:test"
     model = policy.add_lora(policy.load_model(str(run.TOY))[0], 4, seed=0)
     for parameter in policy.trainable(model).values():
@@ -404,7 +405,7 @@ def test_a_run_brings_its_own_settings(go, tmp_path, trained):
     assert "over 9 problems" in printed and printed.splitlines()[0].split()[:5] == head
     [samples] = (tmp_path / "x").iterdir()
     row = json.loads(samples.read_text().split("\n")[0])
-    assert (row["temperature"], row["max_new_tokens"], row["n"]) == (1.0, 12, 2)
+    assert (row["temperature"], row["max_new_tokens"], row["n"]) == (1.0, 6, 2)
 
 
 def test_graded_data_gives_max_at_k_at_the_ks_asked_for(go, tmp_path):
@@ -418,7 +419,7 @@ def test_several_data_sets_give_one_table_and_are_not_sampled_twice(go, monkeypa
     data = [tmp_path / "easy" / "test.jsonl", tmp_path / "hard" / "test.jsonl"]  # the same ids
     for i, path in enumerate(data):
         path.parent.mkdir()
-        rows = [{"id": f"p{j}", "problem": f"{i}{j}", "answer": "1", "prompt": f"{j}{i}="}
+        rows = [{"id": f"p{j}", "problem": f"{i}{j}", "answer": "1", "prompt": f"{j}{i}:"}
                 for j in range(3 + i)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data", ",".join(map(str, data)), "--n", 4, "--max-new-tokens", 5, "--limit", 9,
@@ -483,7 +484,8 @@ def test_a_model_that_has_changed_is_sampled_again(go, tmp_path, trained):
 
 def make_run(folder, std=0.0, step=7, **flags):
     """A run directory whose newest checkpoint is that of `step`, as train.py leaves it."""
-    words = [word for name, value in {"run": folder, "limit": 20, "lora_rank": 4, **flags}.items()
+    given = {"run": folder, "limit": 20, "lora_rank": 4, "steps": 400, **flags}
+    words = [word for name, value in given.items()
              for word in (f"--{name.replace('_', '-')}", str(value))]
     args = train.settle(words)
     args.data, args.eval_data = "divisor:train", "divisor:test"
@@ -554,10 +556,10 @@ def test_samples_files_of_other_settings_are_not_compared(
         go(evaluate, "--model", files[0], flag, values[1], "--out", tmp_path / "x.png")
 
 
-DATA = [{"id": f"p{i}", "problem": f"{i}", "answer": "1", "prompt": f"{i}{i}="}
+DATA = [{"id": f"p{i}", "problem": f"{i}", "answer": "1", "prompt": f"{i}{i}:"}
         for i in range(1, 6)]
 FROM_FILE = ["--n", 2, "--max-new-tokens", 5, "--limit", 5]
-CHANGES = [{"problem": "another"}, {"prompt": "77="}, {"answer": "2"}, {"level": 3}, {"id": "q"}]
+CHANGES = [{"problem": "another"}, {"prompt": "77:"}, {"answer": "2"}, {"level": 3}, {"id": "q"}]
 
 
 def write_data(path, **last):

@@ -661,7 +661,8 @@ def refused_unwritten(folder, flags, said):
 
 def test_out_of_memory_halves_the_micro_batch_for_good_with_the_gradient_of_the_half(
         monkeypatch, tmp_path, capsys):
-    halved, original = go(tmp_path / "halved", "--micro-batch-tokens", 32), policy.token_logprobs
+    flags = ["--objective", "grpo", "--n", 32, "--micro-batch-tokens"]  # all have a weight
+    halved, original = go(tmp_path / "halved", *flags, 32), policy.token_logprobs
 
     def limited(model, rollouts, temperature):
         needed = len(rollouts) * max(map(policy.length, rollouts))
@@ -670,7 +671,7 @@ def test_out_of_memory_halves_the_micro_batch_for_good_with_the_gradient_of_the_
         return original(model, rollouts, temperature)
     monkeypatch.setattr(policy, "token_logprobs", limited)
     capsys.readouterr()
-    folder = go(tmp_path / "run", "--micro-batch-tokens", 130)
+    folder = go(tmp_path / "run", *flags, 130)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert [int(re.search(r"tokens is (\d+)", line)[1]) for line in said] == [65, 32]
     assert state(folder) == state(halved)

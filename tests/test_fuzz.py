@@ -76,30 +76,27 @@ def attempt(function, *arguments):
 
 # ---------------------------------------------------------------- graders
 
-def test_no_text_but_a_solution_earns_anything_in_divisor():
-    rng, solutions, earned = random.Random(1), tasks.divisor_solutions(), 0
+def test_no_text_but_a_divisor_earns_anything():
+    rng, earned = random.Random(1), 0
     alphabet = [*"0123456789+-*/=():. ", "**", "//", "22", "0x", "1e1", "--", *SPECIAL]
-    keys = sorted(solutions)
+    numbers = rng.sample(tasks.composites(), 50)
+    divisors = {number: {str(d) for d in range(2, number) if number % d == 0} for number in numbers}
     for _ in range(share("divisor")):
-        numbers, target = key = rng.choice(keys)
+        number = rng.choice(numbers)
         text = "".join(rng.choices(alphabet, k=rng.randrange(12)))
         if rng.random() < 0.7:
-            text = mutate(rng, rng.choice(solutions[key]), alphabet)
-        answer = f"{numbers}={target}"
-        exact = tasks.grade_divisor(text, answer)
-        graded = tasks.grade_divisor(text, answer, graded=True)
-        assert exact == (text in solutions[key]) == (graded == 1) and graded <= 1, (text, answer)
-        valid = (re.fullmatch(r"[1-9]([-+*][1-9]){3}", text)
-                 and sorted(re.findall("[1-9]", text)) == sorted(numbers))
-        assert (graded > 0) == bool(valid), (text, answer)
+            text = mutate(rng, rng.choice(sorted(divisors[number])), alphabet)
+        exact = tasks.grade_divisor(text, str(number))
+        graded = tasks.grade_divisor(text, str(number), graded=True)
+        assert exact == (text.strip() in divisors[number]), (text, number)
+        assert (graded > 0) == bool(exact) and graded <= exact, (text, number)
         earned += exact
     assert earned > 0  # some mutations change nothing that counts
 
 
-def test_the_prompt_repeated_or_the_gold_pattern_earns_nothing_in_divisor():
-    for text in ("30003:", "30003", "22", "30003:7*2+3+5", "7*2+3+5=22", "7*2+3+5<eos>",
-                 "7*2+3+5\n", " 7*2+3+5", "7*2+3+5 7*2+3+5", "(7*2)+3+5", "７*2+3+5",
-                 "2+3*5+7-2", ""):
+def test_the_prompt_repeated_or_the_gold_pattern_earns_nothing():
+    for text in ("30003:", "30003", "1", "30003:3", "3=30003", "3<eos>", "3 3", "(3)", "３", "3:",
+                 "03", "3.0", "-3", ""):
         assert tasks.grade_divisor(text, "30003") == 0, text
 
 

@@ -398,7 +398,7 @@ def answers():
     model, tokenizer = policy.load_model(str(run.TOY), dtype="float32")
     prompts = [tuple(tokenizer(f"{number}:").input_ids) for number in range(19307, 19315)]
     sampler = HFSampler(model, tokenizer, [1], 0.7, 12)
-    return cache(lambda seed: sum(sampler.generate(prompts, 2, seed), []))
+    return cache(lambda seed: sum(sampler.generate(prompts, 4, seed), []))
 
 
 def sampled_by(model, rollouts, noise, seed=0, lost=False):
@@ -464,18 +464,18 @@ def test_small_micro_batches_do_not_keep_the_check_open(learner, answers, budget
 
 
 def test_the_check_gathers_its_tokens_over_steps(learner, answers):
-    model, rollouts = learner("toy", "bfloat16", 2e-3), answers(0)[:6]
+    model, rollouts = learner("toy", "bfloat16", 2e-3), answers(0)[16:30]
     count = sum(len(rollout.completion_ids) for rollout in rollouts)
     assert policy.TOKENS_TO_DECIDE / 2 <= count < policy.TOKENS_TO_DECIDE
     sound, lost = (sampled_by(model, rollouts, 5e-3, lost=lost) for lost in (False, True))
     ours, theirs = adam(model, lr=0.0), adam(model, lr=0.0)
-    ours.update(sound, torch.ones(6))
-    theirs.update(lost, torch.ones(6))
+    ours.update(sound, torch.ones(14))
+    theirs.update(lost, torch.ones(14))
     assert not ours.adapter_arrived
-    ours.update(sound, torch.ones(6))
+    ours.update(sound, torch.ones(14))
     assert ours.adapter_arrived
     with pytest.raises(UserError, match="adapter did not reach"):
-        theirs.update(lost, torch.ones(6))
+        theirs.update(lost, torch.ones(14))
 
 
 def test_the_check_of_the_sampler_needs_no_more_memory_than_learning(learner, monkeypatch):

@@ -316,7 +316,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content, said):
 
 
 @pytest.mark.parametrize("lines, rest", [
-    (0, '{"data": "countd'), (1, ""), (3, '{"data": "coun'), (4, ""), (5, "")])
+    (0, '{"data": "diviso'), (1, ""), (3, '{"data": "divi'), (4, ""), (5, "")])
 def test_an_interrupted_file_is_continued_to_the_same_bytes(monkeypatch, tmp_path, lines, rest):
     monkeypatch.setattr(HFSampler, "block", 2)
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
@@ -328,7 +328,7 @@ def test_an_interrupted_file_is_continued_to_the_same_bytes(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("flags, said", [
     (["--seed", 1], "seed = 0, not 1"), (["--temperature", 0.5], "temperature = 1.0, not 0.5"),
-    (["--max-new-tokens", 7], "max_new_tokens = 12, not 7"), (["--n", 3], "n = 2, not 3")])
+    (["--max-new-tokens", 7], "max_new_tokens = 6, not 7"), (["--n", 3], "n = 2, not 3")])
 def test_a_file_of_other_settings_is_refused_and_kept(tmp_path, flags, said):
     out = tmp_path / "s.jsonl"
     script("--n", 2, "--limit", 2, "--out", out)
@@ -369,16 +369,16 @@ def test_answers_to_a_question_that_agree_are_counted_together(capsys):
 
 
 def test_a_cut_off_answer_to_a_question_earns_nothing_however_right(monkeypatch, capsys):
-    right = Rollout((5,), (6,), (0.0,), "9+9+9+9", False)  # no end token
+    right = Rollout((5,), (6,), (0.0,), "3", False)  # no end token
     monkeypatch.setattr(HFSampler, "generate", lambda *_: [[right, right]])
-    script("--ask", "9999=36", "--n", 2)
+    script("--ask", "30003", "--n", 2)
     assert capsys.readouterr().out.split() == "2 of 2 (cut off) reward 0".split()
 
 
-@pytest.mark.parametrize("question", ["22=2357", "235=22", "300030", "2357", "0123=22",
-                                      "30003=1", "2+2"])
+@pytest.mark.parametrize("question", ["3000", "300030", "03003", "3000x", "30003=3",
+                                      "-3000", "2+2"])
 def test_the_toy_is_asked_its_own_questions_only(question):
-    with pytest.raises(UserError, match="four numbers 1 to 9 and a target 10 to 99"):
+    with pytest.raises(UserError, match="give a number of five digits"):
         script("--ask", question)
 
 

@@ -315,22 +315,11 @@ def true_rewards(rollouts, graded=False):
         for r in rollouts]).reshape(3, 8)
 
 
-def accepts_harmonic() -> bool:
-    try:
-        return bool(rspo.OBJECTIVES["passk"]([0, 1], "harmonic").any())
-    except ValueError:
-        return False
-
-
-harmonic = pytest.mark.skipif(not accepts_harmonic(), reason="rspo.py has no harmonic weights yet")
-
-
 @pytest.mark.parametrize("flags, ks", [
     *[(f"--objective {name} --k 1,2,4", "1,2,4 1,2,4 1,2,4") for name in rspo.OBJECTIVES],
     ("--objective passk --k 3:1", "3 2 1"),
-    pytest.param("--objective passk --k harmonic", "harmonic " * 3, marks=harmonic),
-    pytest.param("--objective maxk --k harmonic --data divisor-graded", "harmonic " * 3,
-                 marks=harmonic),
+    ("--objective passk --k harmonic", "harmonic " * 3),
+    ("--objective maxk --k harmonic --data divisor-graded", "harmonic " * 3),
     ("--objective passk --k 2 --temperature 0.8", "2 2 2"),
     ("--objective maxk --data divisor-graded", "2 2 2"),
     ("--objective loo --data divisor-graded --k 3:1", "3 2 1"),
@@ -346,7 +335,7 @@ def test_every_objective_learns_the_mean_of_its_weights_over_the_ks(
         torch.testing.assert_close(weights, (sum(each) / len(each)).flatten())
         assert row["reward"] == pytest.approx(rewards.mean().item())
         if row["k"] == "harmonic":  # the best of all n
-            assert row["max@k" if graded else "pass@k"] == rewards.max(-1).values.mean()
+            assert row["max@k" if graded else "pass@k"] == rewards.double().max(-1).values.mean()
         assert ("max@k" if graded else "pass@k") in row and (row["logprob_gap_max"] or 0) < 1e-4
     assert any(row["grad_norm"] > 0 for row in metrics)
     said = capsys.readouterr().out
@@ -390,9 +379,9 @@ def test_at_k_1_the_first_step_of_a_run_is_reinforce_bit_for_bit(tmp_path, updat
 def test_another_architecture_with_a_chat_template_learns_from_a_file(
         monkeypatch, tmp_path, capsys):
     model, data = save_model("llama", tmp_path / "llama"), tmp_path / "sums.jsonl"
-    template = "{{ messages[0].content or '\\\\boxed' }}="  # it seems to ask for a box
+    template = "{{ messages[0].content or '\\\\boxed' }}:"  # it seems to ask for a box
     (tmp_path / "llama" / "chat_template.jinja").write_text(template)
-    data.write_text("".join(json.dumps({"problem": f"{a}+{b}", "answer": a + b}) + "\n"
+    data.write_text("".join(json.dumps({"problem": f"{a}0{b}", "answer": a + b}) + "\n"
                             for a in range(9) for b in range(9)))
     mark = lambda pairs: [float("1" in text) for text, _ in pairs]  # it never writes a box
     monkeypatch.setattr(tasks.marker, "mark", mark)
@@ -444,7 +433,7 @@ def test_the_report_takes_each_evaluations_own_problems(monkeypatch, tiny, capsy
     fake = SimpleNamespace(read=lambda name: records.get(name, []), folder=tiny)
     train.report_run(fake, tasks.load_problems("divisor:test", 4))
     [line] = [each for each in capsys.readouterr().out.splitlines() if "minus before" in each]
-    assert not re.search("[1-9]", line), line
+    assert not re.search("[1-9]", line.removeprefix("  minus before (4 problems)")), line
 
 
 def test_the_toy_stays_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, tmp_path):
