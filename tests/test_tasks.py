@@ -57,7 +57,8 @@ def test_an_answer_is_right_if_and_only_if_it_divides():
 
 @pytest.mark.parametrize("text", [
     "", " ", "1", "0", "30003", "-3", "+3", "03", "3.0", "3e0", "3,", "3:", ":3", "3 7",
-    "３", "٣", "³", "3<pad>", "0x3", "exit()", "__import__('os')", "3\x00", "9" * 5000, "3" * 16, "\ud800"])
+    "３", "٣", "³", "3<pad>", "0x3", "exit()", "__import__('os')", "3\x00", "9" * 5000,
+    "3" * 16, "\ud800"])
 def test_no_other_text_earns_anything(text):
     assert tasks.grade_divisor("3", "30003") == tasks.grade_divisor(" 3\n", "30003") == 1
     assert tasks.grade_divisor(text, "30003") == tasks.grade_divisor(text, "30003", True) == 0
