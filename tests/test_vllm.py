@@ -32,7 +32,7 @@ from lib.cli import UserError
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has it")
 
 TOY = str(run.TOY)
-SUMS = ["30003:", "3579=52:", "1234=10:", "4589=77:"]
+NUMBERS_TO_DIVIDE = ["30003:", "19307:", "36291:", "61369:"]
 NUMBERS = "Here is a list of all the numbers: " + " ".join(map(str, range(90)))
 LONG = f"{NUMBERS}. The largest of them is"
 TEXTS = [LONG, f"{LONG} not 7 but", "Once upon a time"]
@@ -57,7 +57,7 @@ def make_world(base: str, texts: list[str], folder, dtype="float32", context=32,
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return make_world(TOY, SUMS, tmp_path_factory.mktemp("toy"))
+    return make_world(TOY, NUMBERS_TO_DIVIDE, tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +188,11 @@ def test_same_seed_same_rollouts_and_no_two_samples_share_a_stream(world):
 
 
 def test_rollouts_end_with_the_end_token_iff_finished(world, monkeypatch):
-    rollouts = with_settings(world, monkeypatch, max_tokens=7)
+    rollouts = with_settings(world, monkeypatch, max_tokens=3)
     assert {rollout.finished for rollout in rollouts} == {True, False}
     for rollout in rollouts:
         assert rollout.finished == (rollout.completion_ids[-1] in world.sampler.stops)
-        assert len(rollout.completion_ids) == len(rollout.logprobs) <= 7
+        assert len(rollout.completion_ids) == len(rollout.logprobs) <= 3
 
 
 def test_old_adapters_are_removed(world):
@@ -226,7 +226,7 @@ def test_rank_that_vllm_cannot_serve_is_refused(tmp_path):
 @pytest.mark.parametrize("size", [0.002, 0.005])
 def test_in_bfloat16_an_adapter_that_never_arrived_is_caught(tmp_path, size):
     """Its effect is less than rounding is allowed, so only the look at the base shows it."""
-    world = make_world(TOY, SUMS, tmp_path, dtype="bfloat16")
+    world = make_world(TOY, NUMBERS_TO_DIVIDE, tmp_path, dtype="bfloat16")
     for seed in (1, 2):
         move(world, seed, size)
         world.sampler.adapter = None
