@@ -1,5 +1,6 @@
 # make demo                set up .venv, train the toy model (about two minutes), name the figures
 # make test                set up .venv, run every test that needs no other environment
+# make exercises           say how far exercises/exercises.py is filled in, and what comes next
 # make test-vllm           set up .venv-vllm (a CPU build of vLLM; Linux), run its tests
 # make test-integrations   set up .venv-verl and .venv-trl, run their tests (about four minutes)
 # make clean               remove the environments (runs/ stays)
@@ -15,6 +16,9 @@ demo: .venv/ready
 # A process for each core, of one thread each: more would only wait for each other.
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 tests
+
+exercises: .venv/ready
+	.venv/bin/python exercises/check.py
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -q -W ignore tests/test_vllm.py
@@ -56,4 +60,4 @@ test-integrations: .venv-verl/ready .venv-trl/ready
 clean:
 	rm -rf .venv .venv-vllm .venv-verl .venv-trl
 
-.PHONY: demo test test-vllm test-integrations clean
+.PHONY: demo test exercises test-vllm test-integrations clean
