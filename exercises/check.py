@@ -328,6 +328,8 @@ COUNTING = Exercise(
      (each(lambda r, i, k: k * all_wrong(combinations([x for x in r if x != r[i]], k - 1)) * r[i]),
       BY_VALUE),
      (each(lambda r, i, k: k * all_wrong(combinations(without(r, i), k - 1))), WRONG_PAID),
+     (each(lambda r, i, k: r[i] if k == 1 else k * all_wrong(
+         combinations(without(r, i), k - 1))), WRONG_PAID),
      (each(lambda r, i, k: k * (1 - all_wrong(combinations(without(r, i), k - 1))) * r[i]),
       "this counts the teams with a right rival. An answer is paid where all rivals are wrong."),
      (each(lambda r, i, k: k * r[i] * sum(not any(s) for s in combinations(without(r, i), k - 1))),
@@ -341,7 +343,7 @@ COUNTING = Exercise(
 CLOSED_FORM = Exercise(
     "pass_at_k_weights",
     [([1, 0, 1], 1), ([1, 0, 0, 0, 1], 2), ([1, 0, 0, 0, 0, 1, 1, 0], 3), ([0, 0, 0, 0], 2),
-     ([1, 1, 1, 0], 3), ([1] * 8 + [0] * 16, 12)],
+     ([1, 1, 1, 0], 3), ([1] * 12 + [0] * 12, 12)],
     "C(wrong rivals, k - 1) teams of all C(n - 1, k - 1) are all wrong. comb gives 0 where there "
     "are too few.",
     [(no_factor(solutions.pass_at_k_weights), FACTOR),
@@ -451,7 +453,7 @@ NUMBER_OF_TOKENS = ("it is divided by the number of tokens. Divide by the number
 
 LOSS = Exercise(
     "policy_gradient_loss",
-    [batch([[-1.0, -0.5], [-2.0, -0.25]], [[7, 0], [5, 0]], [1.0, 0.0]),  # k = 1: the rewards
+    [batch([[-1.0, -0.5], [-3.0, -0.25]], [[7, 0], [5, 0]], [1.0, 0.0]),  # k = 1: the rewards
      batch([[-1.0, -0.5, -4.0], [-2.0, -0.25, -0.75]], [[7, 0, 9], [5, 6, 0]], [1.5, 0.5]),
      batch([[-1.0, -0.5, -4.0, -3.0], [-2.0, -0.25, -0.75, -1.5], [-0.5, -1.0, -1.5, -8.0]],
            [[7, 0, 0, 0], [5, 6, 8, 4], [0, 9, 0, 9]], [4.0, -1.0, 0.0]),
