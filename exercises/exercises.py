@@ -1,7 +1,7 @@
 """Fill in these eight functions, from the top. `make exercises` says how far you are.
 
 They build RSPO from nothing: how good are n answers, who earned it, and how does a model learn
-from that. No function needs more than ten lines. If you call one of yours in a later one, good.
+from that. No function needs more than ten lines. A later one may call an earlier one.
 
 Shapes: n answers to one prompt, as a list of n rewards. 0/1 rewards: 1 is right, 0 is wrong, and
 c of the n are right. k of the answers are a team, and only the best of a team counts.

@@ -234,7 +234,7 @@ WRONG += [
     ("max_at_k_weights", others("max(r - max(S), 0)").replace("k == 1", "False"),
      "at k = 1 there are no rivals"),
     ("max_at_k_weights", "rewards.sort()\n        import solutions\n"
-     "        return solutions.max_at_k_weights(rewards, k)", "mean over the teams"),
+     "        return solutions.max_at_k_weights(rewards, k)", "changes its arguments"),
     ("leave_one_out_weights", CENTRED, "Compute them anew"),
     ("leave_one_out_weights", CENTRED.replace("(sum(w) - x) / (len(w) - 1)", "sum(w) / len(w)"),
      "holds the answer's own"),
