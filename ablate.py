@@ -83,7 +83,7 @@ def settle(argv: list[str]):
         chosen = {name: {label: flags for label, flags in settings.items() if few(flags)}
                   for name, settings in chosen.items()}
     seeds = range(seeds[0], seeds[0] + (args.seeds or len(seeds)))
-    toy = args.model in (None, "toy")
+    toy = cli.is_toy(args.model or "toy")
     flags = {**(scale if toy or args.quick else {}), **given}
     return chosen, args.out or SETTINGS["out"].default, toy, seeds, flags
 
@@ -105,7 +105,7 @@ from tqdm import tqdm
 
 import evaluate
 import rspo
-from evaluate import LOOKS, Curve
+from evaluate import Curve
 from lib.run import read_config
 
 # ---------------------------------------------------------------- cells
@@ -176,7 +176,7 @@ def result(folder: Path) -> tuple[dict, list[dict], dict] | None:
 
 # ---------------------------------------------------------------- the report
 
-def curve_of(label: str, results: list[tuple], data: str) -> Curve:
+def curve_of(label: str, results: list[tuple]) -> Curve:
     """The estimates of a setting after training, with the LATE columns, over S seeds."""
     rewards = torch.tensor([evaluation["rewards"] for evaluation, *_ in results]).double()
     ks = tuple(k for k in EVAL_KS if k <= rewards.shape[-1])  # rewards: (S, M, n)
@@ -186,7 +186,7 @@ def curve_of(label: str, results: list[tuple], data: str) -> Curve:
     for column, name in LATE.items():
         last = [[row[column] for row in rows[-max(1, len(rows) // 4):]] for _, rows, _ in results]
         late[name] = torch.tensor(last).double().mean(-1)  # (S,)
-    return Curve(label, metric, ks, values, tuple(results[0][0]["ids"]), data, late)
+    return Curve(label, metric, ks, values, tuple(results[0][0]["ids"]), late)
 
 
 def check_alike(results: dict[str, dict[int, tuple]]) -> None:
@@ -219,17 +219,16 @@ def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], o
         return "\n\n".join([*parts, "No seed is done for every setting: nothing to report."])
     check_alike(results)
     order = sorted(results, key=lambda label: label != reference)
-    curves = [curve_of(label, [results[label][seed] for seed in sorted(seeds)], name)
+    curves = [curve_of(label, [results[label][seed] for seed in sorted(seeds)])
               for label in order]
     draw(name, curves, results, out / f"{name}.png")
     count = (len(curves) - 1) * len(curves[0].ks)
-    verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0]))
+    verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0], count))
                 for curve in curves[1:]]
     each = [f"{curve.name:28s}" + " ".join(f"{mean:.3f}" for mean in last_k(curve))
             for curve in curves]
     return "\n\n".join([
-        *parts, f"```\n{evaluate.table(curves)}\n```",
-        f"By 95 % intervals, not corrected for these {count} differences:", "\n".join(verdicts),
+        *parts, f"```\n{evaluate.table(curves, name, count)}\n```", "\n".join(verdicts),
         f"Each seed by itself, at k = {curves[0].ks[-1]}:",
         "\n".join(["```", *each, "```"]),
         f"{len(seeds)} seed(s); {', '.join(LATE.values())}: the last quarter of training. "
@@ -246,12 +245,12 @@ def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     evaluate.draw_curves(left, curves)
-    for i, curve in enumerate(curves):
-        look = {"label": curve.name, **LOOKS[i % len(LOOKS)]}
+    for i, look in enumerate(evaluate.looks_of([curve.name for curve in curves])):
+        curve = curves[i]
         if name == "entropy":
             rows = [[row["entropy"] for row in rows] for _, rows, _ in results[curve.name].values()]
             mean = evaluate.running_mean(torch.tensor(rows).mean(0).tolist())
-            right.plot(mean, **{**look, "marker": None})
+            right.plot(mean, label=curve.name, **{**look, "marker": None})
         else:
             right.plot(last_k(curve), [-i] * len(curve.values), **{**look, "linestyle": "none"})
     if name == "entropy":

@@ -3,7 +3,7 @@
     python evaluate.py                          the toy model
     python evaluate.py --model toy runs/NAME    before, after, and the change
     python evaluate.py --model samples.jsonl    what sample.py wrote
-    python evaluate.py --model Qwen2.5-Math-1.5B --data math500,aime2024
+    python evaluate.py --model Qwen2.5-Math-1.5B --data math500
 
 Each estimate is unbiased (Chen et al. 2021). The interval asks: would it hold
 for other problems like these (and other seeds)? All models are sampled alike and
@@ -29,9 +29,11 @@ if __name__ == "__main__":
 
 import argparse
 import csv
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cache
 from statistics import fmean
 from typing import NamedTuple
 
@@ -45,13 +47,12 @@ from lib import policy, run, tasks
 from lib.cli import UserError
 from lib.tasks import Problem
 
-# 97.5 % quantiles of Student's distribution at 1, 2, ... degrees of freedom
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-SHARES = ("pass@", "maj@", "cut off")  # metrics that lie between 0 and 1
-# one look per curve in every figure, told apart in grey, too: colour, marker, dashes
-LOOKS = [dict(zip(("color", "marker", "linestyle"), look), markersize=4) for look in (
-    ("#555555", "s", "--"), ("#0072b2", "o", "-"), ("#d55e00", "^", "-."),
-    ("#009e73", "v", ":"), ("#cc79a7", "D", "-"), ("#e69f00", "x", "--"))]
+SHARES = ("pass@", "cut off")  # metrics that lie between 0 and 1
+# in every figure, told apart in grey, too: what it was trained for -> colour, marker, dashes
+LOOKS = {"before": ("#555555", "s", "--"), "k = 1": ("#0072b2", "o", "-"),
+         "k = 8": ("#d55e00", "^", "-."), "k = 2": ("#009e73", "v", ":"),
+         "k = 4": ("#e69f00", "x", "--"), "k = 16": ("#cc79a7", "D", "-"),
+         "group max": ("#000000", "P", "--")}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ class Curve:
     ks: tuple[int, ...]
     values: Tensor  # (M, K) or (S, M, K): estimate of each problem at each k
     problems: tuple[str, ...]  # the M problem ids
-    data: str = ""  # the data set, where it is known
     more: dict[str, Tensor] = field(default_factory=dict)  # columns, (M,) or (S,)
     failures: int = 0  # answers that the grader lost: they count as wrong
 
@@ -69,14 +69,12 @@ class Curve:
 class Answer(NamedTuple):
     text: str
     finished: bool
-    tokens: int
 
 
 class Samples(NamedTuple):
     problems: list[Problem]  # [M]
     groups: list[list[Answer]]  # [M][n]
     settings: dict  # how they were drawn
-    digests: list[str]  # [M]: of the problems as they were then
 
 
 # ---------------------------------------------------------------- numbers
@@ -96,45 +94,21 @@ def check_ks(ks: tuple[int, ...], n: int, name: str) -> None:
 def make_curve(name: str, problems: list[Problem], rewards: list[list[float]],
                ks: tuple[int, ...] | None = None) -> Curve:
     """Curve of rewards [M][n] at ks (default: powers of two up to n)."""
-    n = min(map(len, rewards))
+    n = len(rewards[0])
     ks = ks or powers_of_two(n)
     check_ks(ks, n, name)
     graded = any(p.graded for p in problems)
     estimate = rspo.max_at_k if graded else rspo.pass_at_k
-    if len(set(map(len, rewards))) == 1:
-        values = torch.stack([estimate(rewards, k) for k in ks], -1)  # (M, K)
-    else:
-        values = torch.stack([torch.stack([estimate(row, k) for k in ks]) for row in rewards])
-    ids = tuple(p.id for p in problems)
-    return Curve(name, "max" if graded else "pass", ks, values, ids)
+    values = torch.stack([estimate(rewards, k) for k in ks], -1)  # (M, K)
+    return Curve(name, "max" if graded else "pass", ks, values, tuple(p.id for p in problems))
 
 
-def describe_answers(groups: list[list[Answer]], rewards) -> dict[str, Tensor]:
-    """What else answers say, (M,) each: majority vote, mean tokens, share cut off."""
-    n = min(map(len, groups))
-    columns = {
-        f"maj@{n}": [majority(group[:n], row) for group, row in zip(groups, rewards)],
-        "tokens": [fmean(each.tokens for each in group) for group in groups],
-        "cut off": [fmean(not each.finished for each in group) for group in groups]}
-    return {name: torch.tensor(values).double() for name, values in columns.items()}
-
-
-def majority(group: list[Answer], rewards) -> float:
-    """Reward of the most frequent answer. A tie is shared; what is cut off has no vote."""
-    votes: dict[str, list[float]] = {}
-    for answer, reward in zip(group, rewards):
-        if answer.finished:
-            votes.setdefault(tasks.vote(answer.text), []).append(reward)
-    most = max(map(len, votes.values()), default=0)
-    winners = [fmean(each) for each in votes.values() if len(each) == most]
-    return fmean(winners or [0.0])
-
-
-def interval(values: Tensor) -> tuple[Tensor, Tensor]:
+def interval(values: Tensor, comparisons: int = 1) -> tuple[Tensor, Tensor]:
     """(S, M, K) or (M, K) -> mean, half width of its 95 % interval, (K,); NaN if M = 1.
 
     Var(mean) = Var(seed means) / S + Var(problem means) / M: rather too wide than
     too narrow. Student's quantile at the degrees of freedom of Welch-Satterthwaite.
+    Of several comparisons all intervals hold at once with 95 % (Bonferroni).
     """
     values = values if values.ndim == 3 else values[None]
     S, M, _ = values.shape
@@ -142,8 +116,21 @@ def interval(values: Tensor) -> tuple[Tensor, Tensor]:
     seeds = values.mean(1).var(0) / S if S > 1 else torch.zeros_like(problems)  # (K,)
     total = problems + seeds
     freedom = total**2 / (problems**2 / max(M - 1, 1) + seeds**2 / max(S - 1, 1))  # (K,)
-    quantile = torch.tensor([student(f) for f in freedom.nan_to_num(1).tolist()])  # (K,)
-    return values.mean((0, 1)), quantile * total.sqrt()
+    quantile = [student(f, 0.05 / comparisons) for f in freedom.nan_to_num(1).tolist()]  # (K,)
+    return values.mean((0, 1)), torch.tensor(quantile) * total.sqrt()
+
+
+@cache
+def student(freedom: float, outside: float = 0.05) -> float:
+    """t such that |x| > t has the chance `outside` for an x of Student's distribution.
+
+    The density of a, with x = sqrt(freedom) tan(a), is cos(a)^(freedom - 1) over its sum.
+    """
+    freedom = max(1.0, min(freedom, 1000.0))
+    angles = torch.linspace(0, math.pi / 2, 20001).double()
+    mass = angles.cos().clamp(min=0).pow(freedom - 1).cumsum(0)
+    place = torch.searchsorted(mass, (1 - outside) * mass[-1])
+    return freedom**0.5 * angles[place].tan().item()
 
 
 def level(metric: str, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,14 +149,7 @@ def level(metric: str, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.flatten(0, -2).mean(0), low, high
 
 
-def student(freedom: float) -> float:
-    """97.5 % quantile of Student's distribution."""
-    if freedom < len(STUDENT) + 1:
-        return STUDENT[max(int(freedom), 1) - 1]
-    return 1.96 + 2.37 / freedom + 2.8 / freedom**2
-
-
-def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
+def difference(after: Curve, before: Curve, comparisons: int = 1):
     """Shared ks, mean of after - before by problem, half width; None if none is shared."""
     ks = tuple(k for k in after.ks if k in before.ks)
     known = set(before.problems)
@@ -181,57 +161,54 @@ def difference(after: Curve, before: Curve) -> tuple[tuple[int, ...], Tensor, Te
         row_of = {problem: i for i, problem in enumerate(curve.problems)}
         rows = curve.values[..., [row_of[problem] for problem in shared], :]
         return rows[..., [curve.ks.index(k) for k in ks]]
-    return ks, *interval(pick(after) - pick(before))
+    return ks, *interval(pick(after) - pick(before), comparisons)
 
 
 # ---------------------------------------------------------------- tables and figures
 
-def summary(curves: list[Curve]) -> list[dict]:
-    """The numbers of table and .csv: a row per data set, model, minus which other, metric."""
-    rows = []
+def summary(curves: list[Curve], comparisons: int = 1) -> list[dict]:
+    """The numbers of table and .csv: a row per model, minus the first or not, and metric."""
+    rows, first = [], curves[0]
     for curve in curves:
-        first = next(other for other in curves if other.data == curve.data)
-        own = {f"{curve.metric}@{k}": curve.values[..., [i]]
-               for i, k in enumerate(curve.ks)}
+        own = {f"{curve.metric}@{k}": curve.values[..., [i]] for i, k in enumerate(curve.ks)}
         own |= {name: values[:, None] for name, values in curve.more.items()}
         found = [("", metric, *level(metric, values)) for metric, values in own.items()]
-        if curve is not first and (change := difference(curve, first)):
+        if curve is not first and (change := difference(curve, first, comparisons)):
             found += [(first.name, f"{curve.metric}@{k}", mean, mean - half, mean + half)
                       for k, mean, half in zip(*change)]
         shared = len({*curve.problems} & {*first.problems})
         for minus, metric, *ends in found:
             numbers = dict(zip(("mean", "low_95", "high_95"), map(float, ends)))
             rows.append({
-                "data": curve.data, "model": curve.name, "minus": minus, "metric": metric,
-                **numbers, "problems": shared if minus else len(curve.problems),
+                "model": curve.name, "minus": minus, "metric": metric, **numbers,
+                "problems": shared if minus else len(curve.problems),
                 "grader_failures": curve.failures + first.failures * bool(minus)})
     return rows
 
 
-def table(curves: list[Curve]) -> str:
-    """Text of at most 100 columns: per data set a line per curve, its change below."""
-    rows, lines = summary(curves), []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        found = {}  # of each line its label, under "", and its cells by metric
-        for row in (row for row in rows if row["data"] == data):
-            line = found.setdefault((row["model"], row["minus"]), {"": label(row)})
-            line[row["metric"]] = cell(row)
-        metrics = list(dict.fromkeys(name for line in found.values() for name in line))[1:]
-        head = {name: f"{name} " for name in metrics} | {"": shorten(data)}
-        grid = [head, *found.values()]
-        width = max(len(line[""]) for line in grid)
-        wide = 2 + max(len(text) for line in grid for name, text in line.items() if name)
-        size = max(1, (100 - width) // wide)
-        for part in (metrics[i:i + size] for i in range(0, len(metrics), size)):
-            lines.append("")
-            for line in grid:
-                if line.keys() & set(part):
-                    texts = [f"{line.get(name, '- '):>{wide}s}" for name in part]
-                    lines.append(f"{line['']:{width}}" + "".join(texts))
+def table(curves: list[Curve], title: str = "", comparisons: int = 1) -> str:
+    """Text of at most 100 columns: a line per curve, its change against the first below."""
+    rows, lines, found = summary(curves, comparisons), [], {}
+    for row in rows:  # a line has its label, under "", and its cells by metric
+        line = found.setdefault((row["model"], row["minus"]), {"": label(row)})
+        line[row["metric"]] = cell(row)
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    grid = [{"": shorten(title), **{name: f"{name} " for name in metrics}}, *found.values()]
+    width = max(len(line[""]) for line in grid)
+    wide = 2 + max(len(text) for line in grid for name, text in line.items() if name)
+    size = max(1, (100 - width) // wide)
+    for part in (metrics[i:i + size] for i in range(0, len(metrics), size)):
+        lines.append("")
+        for line in grid:
+            if line.keys() & set(part):
+                texts = [f"{line.get(name, '- '):>{wide}s}" for name in part]
+                lines.append(f"{line['']:{width}}" + "".join(texts))
     counts = ", ".join(dict.fromkeys(str(len(curve.problems)) for curve in curves))
     lines.append(f"95 % intervals (their wider side) over {counts} problems")
     if any(row["minus"] for row in rows):
         lines[-1] += "; * = a change whose interval excludes 0"
+    if comparisons > 1:
+        lines.append(f"with 95 %, all {comparisons} intervals of changes hold at once")
     return "\n".join(line.rstrip() for line in lines[1:])
 
 
@@ -253,13 +230,26 @@ def cell(row: dict) -> str:
     return re.sub(r"(?<!\d)0\.", ".", f"{mean:{sign}.{digits}f}+-{half:.{digits}f}{star}")
 
 
+def looks_of(names: list[str]) -> list[dict]:
+    """How each curve is drawn: as its method is everywhere, else in a look that is left."""
+    looks = {}
+    for name in names:
+        k = re.search(r"(?:k = |Max@)(\d+)(?:$|, step)", name)
+        wanted = "group max" if "group max" in name else f"k = {k[1]}" if k else name
+        if wanted in LOOKS.keys() - looks.values():
+            looks[name] = wanted
+    left = [look for look in LOOKS if look not in looks.values()] or list(LOOKS)
+    others = [name for name in names if name not in looks]
+    looks |= {name: left[i % len(left)] for i, name in enumerate(others)}
+    keys = "color", "marker", "linestyle"
+    return [dict(zip(keys, LOOKS[looks[name]]), markersize=4) for name in names]
+
+
 def draw_curves(axes, curves: list[Curve]) -> None:
     """All curves with their 95 % bands, k on a log axis."""
-    several = len({curve.data for curve in curves}) > 1
-    for i, curve in enumerate(curves):
+    for curve, look in zip(curves, looks_of([curve.name for curve in curves])):
         mean, low, high = level(f"{curve.metric}@", curve.values)
-        look = LOOKS[i % len(LOOKS)]
-        axes.plot(curve.ks, mean, label=curve.name + f", {curve.data}" * several, **look)
+        axes.plot(curve.ks, mean, label=curve.name, **look)
         axes.fill_between(curve.ks, low, high, color=look["color"], alpha=0.15)
     ks = sorted({k for curve in curves for k in curve.ks})
     axes.set_xscale("log", base=2)
@@ -305,52 +295,42 @@ def running_mean(values, size: int = 10) -> list[float]:
 # ---------------------------------------------------------------- the script
 
 def read_samples(path: Path) -> Samples:
-    """A samples file. UserError names the line that cannot be right."""
-    problems, groups, digests, settings, lines = [], [], [], {}, {}
+    """A samples file, with its problems and gold answers as its data set holds them now.
+
+    UserError names the line that cannot be right.
+    """
+    settings, known, problems, groups, mended = {}, {}, {}, [], 0
     for number, row in cli.read_rows(path):
         where = f"{path}, line {number}"
         try:
-            texts = [row[name] for name in ("id", "problem", "answer", "task", "data")]
-            group = [Answer(each["text"], bool(each["finished"]), int(each["tokens"]))
-                     for each in row["answers"]]
-            if not all(isinstance(x, str) for x in [*texts, *(a.text for a in group)]):
-                raise TypeError("id, problem, answer, task, data or a text is no text")
-            if not group or not all(0 <= each.tokens < 2**31 for each in group):
-                raise ValueError("no answers, or impossible tokens")
-            problems.append(Problem(*texts[:4]))
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            texts = [row[name] for name in ("id", "answer", "digest", "data")]
+            group = [Answer(each["text"], bool(each["finished"])) for each in row["answers"]]
+            if not all(isinstance(x, str) for x in (*texts, *(each.text for each in group))):
+                raise TypeError("id, answer, digest, data or a text is no text")
+        except (KeyError, TypeError) as error:
             raise UserError(f"{where}: not a row of sample.py "
                             f"({type(error).__name__}: {error})") from error
-        if (before := lines.setdefault(row["id"], number)) != number:
-            cli.fail(f"{where}: the id {row['id']!r} is that of line {before} already")
         for name in (*SHARED, "model", "weights", "seed"):
             if settings.setdefault(name, row.get(name)) != row.get(name):
                 cli.fail(f"{where}: {name} is {row.get(name)!r}, but "
                          f"{settings[name]!r} in the first line")
+        if len(group) != row.get("n"):
+            cli.fail(f"{where}: {len(group)} answers, but n is {row.get('n')}")
+        known = known or {p.id: p for p in tasks.load_problems(row["data"])}
+        name, gold, digest, data = texts
+        if name in problems:
+            cli.fail(f"{where}: the id {name!r} is that of another line already")
+        new = known.get(name)
+        if not new or sample.fingerprint(new, gold) != digest:
+            cli.fail(f"{where}: problem {name!r} is not what {data} holds now: sample it again")
+        mended += new.answer != gold
+        problems[name] = new
         groups.append(group)
-        digests.append(row.get("digest"))
     if not problems:
         cli.fail(f"samples file {path} holds no samples")
-    return Samples(problems, groups, settings, digests)
-
-
-def graded_anew(samples: Samples, path: str) -> Samples:
-    """With the gold answers that the data holds now, where it can be had."""
-    data, mended = samples.settings["data"], 0
-    try:
-        now = {p.id: p for p in tasks.load_problems(data)}
-    except UserError as error:
-        print(f"{path}: graded with its own gold answers, because {error}")
-        return samples
-    for old, digest in zip(samples.problems, samples.digests):
-        new = now.get(old.id)
-        if not new or sample.fingerprint(replace(new, answer=old.answer)) != digest:
-            cli.fail(f"{path}: problem {old.id!r} is not what {data} holds now: "
-                     "sample it again")
-        mended += new.answer != old.answer
     if mended:
         print(f"{path}: graded with {mended} answers that have changed in {data} since")
-    return samples._replace(problems=[now[p.id] for p in samples.problems])
+    return Samples([*problems.values()], groups, settings)
 
 
 def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
@@ -367,12 +347,10 @@ def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
     entries = {each: argparse.Namespace(**{**vars(args), "model": each}) for each in args.model}
     files = {each: read_samples(Path(each)) for each in entries if each.endswith(".jsonl")}
     for source, entry in entries.items():
-        if source not in files:
+        if source in files:
+            vars(entry).update(files[source].settings)
+        else:
             sample.settle(entry)
-            continue
-        vars(entry).update(files[source].settings)
-        if entry.data in (args.data or "").split(","):
-            entry.data = args.data
     own = [each for each in entries if each in files or run.flags_of(each)] or entries
     for name in SHARED:
         values = {each: getattr(entries[each], name) for each in own}
@@ -388,15 +366,7 @@ def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
         for source in entries.keys() - files.keys():
             setattr(entries[source], name, value)
     for source, entry in entries.items():
-        n = min(map(len, files[source].groups)) if source in files else entry.n
-        check_ks(args.k or (1,), n, source)
-    files = {path: graded_anew(each, path) for path, each in files.items()}
-    asked = {}
-    for path, each in files.items():
-        for p in each.problems:
-            known = asked.setdefault((each.settings["data"], p.id), p)
-            if (p.question, p.answer) != (known.question, known.answer):
-                cli.fail(f"{path}: problem {p.id!r} is another one than in the files before")
+        check_ks(args.k or (1,), entry.n, source)
     return entries, files
 
 
@@ -422,31 +392,30 @@ def describe(source: str) -> str:
     return f"{method or flags['objective']} k = {flags['k']}, {when}"
 
 
-def sample_model(args) -> list[Samples]:
-    """Samples of a model, one per data set, from files beside the figure."""
-    folder, jobs = args.out.with_suffix(""), {}
-    for data in args.data.split(","):
-        problems = tasks.load_problems(data, args.limit)
-        heads = sample.heads_of(args, data, problems)
-        stem = "-".join(re.sub(r"[^\w.]", "-", Path(part).name) for part in (args.model, data))
-        path = folder / f"{stem}-{sample.digest(heads)[:8]}.jsonl"
-        if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):
-            print(f"{args.model} on {data} is sampled again: settings, weights or "
-                  "problems have changed")
-        jobs[path] = problems, heads
-    sample.sample_files(args, jobs)
-    return [read_samples(path) for path in jobs]
+def sample_model(args) -> Samples:
+    """Samples of a model, from a file beside the figure."""
+    problems = tasks.load_problems(args.data, args.limit)
+    heads = sample.heads_of(args, problems)
+    stem = "-".join(re.sub(r"[^\w.]", "-", Path(part).name) for part in (args.model, args.data))
+    folder = args.out.with_suffix("")
+    path = folder / f"{stem}-{sample.digest(heads)[:8]}.jsonl"
+    if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):
+        print(f"{args.model} on {args.data} is sampled again: settings, weights or problems "
+              "have changed")
+    sample.sample_file(args, path, problems, heads)
+    return read_samples(path)
 
 
 def curve_of(samples: Samples, name: str, ks: tuple[int, ...] | None) -> Curve:
     """Curve of samples, graded now."""
-    problems, groups, settings, _ = samples
+    problems, groups, _ = samples
     rewards, failures = tasks.grade_all(problems, groups)
     if failures:
         print(f"{failures} of {sum(map(len, groups))} answers of {name} could not be graded "
               "and count as wrong")
-    return replace(make_curve(name, problems, rewards, ks), data=settings["data"],
-                   more=describe_answers(groups, rewards), failures=failures)
+    cut = [fmean(not each.finished for each in group) for group in groups]  # (M,)
+    return replace(make_curve(name, problems, rewards, ks),
+                   more={"cut off": torch.tensor(cut).double()}, failures=failures)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -454,15 +423,12 @@ def main(argv: list[str] | None = None) -> None:
     args.model = list(dict.fromkeys(args.model or ["toy"]))
     args.out = args.out or SETTINGS["out"].default
     entries, files = settle(args)
-    curves = []
-    for source, name in names_of(args.model).items():
-        found = [files[source]] if source in files else sample_model(entries[source])
-        curves += [curve_of(samples, name, args.k) for samples in found]
-    order = list(dict.fromkeys(curve.data for curve in curves))
-    curves.sort(key=lambda curve: order.index(curve.data))
-    print(table(curves))
+    data = entries[args.model[0]].data
+    curves = [curve_of(files.get(source) or sample_model(entries[source]), name, args.k)
+              for source, name in names_of(args.model).items()]
+    print(table(curves, data))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(curves, args.out, ", ".join(order))
+    plot(curves, args.out, data)
     with args.out.with_suffix(".csv").open("w", newline="") as file:
         rows = summary(curves)
         writer = csv.DictWriter(file, rows[0])

@@ -298,7 +298,7 @@ def sample_blocks(sampler, problems: list, n: int, place: tuple, label: str, sta
 def settle(args) -> None:
     """What was not given is the run's own, else follows from the model."""
     args.model = args.model or "toy"
-    toy = run.resolve_model(args.model)[0] == str(run.TOY)
+    toy = cli.is_toy(run.resolve_model(args.model)[0])
     own = run.flags_of(args.model)
     data = own.get("eval_data", "divisor:test" if toy else "math500")
     cli.settle(args, SETTINGS, toy, {**own, "n": 64, "data": data})
@@ -306,9 +306,9 @@ def settle(args) -> None:
     args.dtype = policy.pick_dtype(args.dtype)
 
 
-def fingerprint(p) -> str:
-    """Digest of what a problem asks and what is right."""
-    return digest(p.id, p.question, p.prompt, p.answer, p.level, p.task)[:16]
+def fingerprint(p, gold: str | None = None) -> str:
+    """Digest of what a problem asks and what is right (or was held to be)."""
+    return digest(p.id, p.question, p.prompt, gold or p.answer, p.level, p.task)[:16]
 
 
 def weights_of(base: str, adapter: Path | None) -> str:
@@ -325,12 +325,11 @@ def weights_of(base: str, adapter: Path | None) -> str:
     return digest(known)[:16]
 
 
-def heads_of(args, data: str, problems: list) -> list[dict]:
+def heads_of(args, problems: list) -> list[dict]:
     """The rows of a samples file, without answers: all that decides them."""
     base, adapter = run.resolve_model(args.model)
     settings = {name: getattr(args, name) for name in SAMPLING} | {
-        "data": data, "checkpoint": adapter and adapter.name,
-        "weights": weights_of(base, adapter)}
+        "checkpoint": adapter and adapter.name, "weights": weights_of(base, adapter)}
     return [{**settings, "id": p.id, "task": p.task, "problem": p.question,
              "answer": p.answer, "digest": fingerprint(p)} for p in problems]
 
@@ -352,39 +351,26 @@ def rows_done(path: Path, heads: list[dict]) -> int:
     return len(rows)
 
 
-def sample_files(args, jobs: dict[Path, tuple[list, list[dict]]]) -> None:
-    """Have the answers to (problems, heads) in each file; whole files stay.
+def sample_file(args, path: Path, problems: list, heads: list[dict]) -> None:
+    """Have the answers to the problems in a file; what is there stays.
 
     A block that was interrupted is made again, so that the bytes are the same.
     """
-    missing, asked = [], []
-    for path, (problems, heads) in jobs.items():
-        if rows_done(path, heads) == len(heads):
-            print(f"{path} is complete: not sampled again (delete it to do so)")
-        else:
-            missing.append((path, heads))
-            asked += problems
-    if missing:
-        sampler, asked = open_sampler(args, asked)
-    for path, heads in missing:
-        problems, asked = asked[:len(heads)], asked[len(heads):]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        with run.lock(path, f"{path} is in use by another process: give another --out"):
-            done = rows_done(path, heads)
-            done -= done % sampler.block if done < len(heads) else 0
-            lines = path.read_bytes().split(b"\n")[:done]
-            os.truncate(path, sum(len(line) + 1 for line in lines))
-            data = heads[0]["data"]
-            place, label = (args.seed, "sample", data), f"sampling {args.model} on {data}"
-            for groups in sample_blocks(sampler, problems, args.n, place, label, done):
-                cli.write_rows(path, [{**head, "answers": [row_of(r) for r in group]}
-                                      for head, group in zip(heads[done:], groups)])
-                done += len(groups)
-
-
-def row_of(r: Rollout) -> dict:
-    return {"text": r.text, "finished": r.finished, "tokens": len(r.completion_ids)}
+    if rows_done(path, heads) == len(heads):
+        return print(f"{path} is complete: not sampled again (delete it to do so)")
+    sampler, problems = open_sampler(args, problems)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with run.lock(path, f"{path} is in use by another process: give another --out"):
+        done = rows_done(path, heads) // sampler.block * sampler.block
+        lines = path.read_bytes().split(b"\n")[:done]
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+        place, label = (args.seed, "sample", args.data), f"sampling {args.model} on {args.data}"
+        for groups in sample_blocks(sampler, problems, args.n, place, label, done):
+            cli.write_rows(path, [
+                {**head, "answers": [{"text": r.text, "finished": r.finished} for r in group]}
+                for head, group in zip(heads[done:], groups)])
+            done += len(groups)
 
 
 def ask(args) -> None:
@@ -414,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.ask is not None:
         return ask(args)
     problems = tasks.load_problems(args.data, args.limit)
-    sample_files(args, {args.out: (problems, heads_of(args, args.data, problems))})
+    sample_file(args, args.out, problems, heads_of(args, problems))
     print(f"next: python evaluate.py --model {args.out}")
 
 

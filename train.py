@@ -32,7 +32,7 @@ import rspo
 import sample
 from lib import policy, tasks
 from lib.cli import flag
-from lib.run import RUN_FLAGS, TOY, Run, flags_of, read_adapter, read_config, resolve_model
+from lib.run import RUN_FLAGS, Run, flags_of, read_adapter, read_config, resolve_model
 
 
 # ---------------------------------------------------------------- the loop
@@ -248,7 +248,7 @@ def settle(argv: list[str] | None):
             if getattr(args, name) not in (None, value):
                 cli.fail(f"{flag(name)} is {getattr(args, name)}, but the adapter of "
                          f"{args.model} has {value}")
-    cli.settle(args, cli.SETTINGS, base == str(TOY), own)
+    cli.settle(args, cli.SETTINGS, cli.is_toy(base), own)
     args.sampler = sample.pick_sampler(args.sampler)
     name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
     args.run = args.run or Path("runs") / name.replace(":", "to").replace(",", "_")
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     args = settle(argv)
     run = Run(args.resume) if args.resume else None  # refused at once if in use
     base, adapter = resolve_model(args.model)
-    device = "cpu" if base == str(TOY) else None
+    device = "cpu" if cli.is_toy(base) else None
     if device:
         torch.set_num_threads(1)  # the toy is too small to share
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rspo
+from evaluate import LOOKS
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
-LOOKS = (("#555555", "-", "s"), (BLUE, "-", "o"), (ORANGE, "-.", "^"), ("#009e73", ":", "v"))
 
 
 def weight_by_success_rate(axis, ks=(1, 2, 4, 8), n: int = 64) -> None:
@@ -28,7 +28,8 @@ def weight_by_success_rate(axis, ks=(1, 2, 4, 8), n: int = 64) -> None:
     rates = torch.linspace(0, 1, 200)
     right = torch.arange(1, n + 1, 4)  # (C,)
     groups = (torch.arange(n) < right[:, None]).double()  # (C, n)
-    for k, (colour, dashes, marker) in zip(ks, LOOKS):
+    for k in ks:
+        colour, marker, dashes = LOOKS[f"k = {k}"]
         weights = rspo.pass_at_k_weights(groups, k)[:, 0]  # (C,)
         axis.plot(rates, k * (1 - rates) ** (k - 1), dashes, color=colour, label=f"k = {k}")
         axis.plot(right / n, weights, marker, color=colour, markersize=4)

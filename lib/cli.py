@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 
+TOY = Path(__file__).resolve().parent.parent / "toy"
+
+
 class UserError(ValueError):
     """What the user can put right: what, which value, what is allowed."""
 
@@ -104,6 +107,13 @@ def settle(args: argparse.Namespace, settings: dict[str, Setting], toy: bool, ow
         if getattr(args, name, None) is None:
             default = each.toy if toy and each.toy is not None else each.default
             setattr(args, name, own.get(name, default))
+
+
+def is_toy(model: str) -> bool:
+    """Whether a model is the embedded toy, or one that toy/pretrain.py made of another seed."""
+    config = Path(model, "config.json")
+    return model == "toy" or config.is_file() and (
+        config.read_bytes() == (TOY / "config.json").read_bytes())
 
 
 def flag(name: str) -> str:

@@ -20,10 +20,9 @@ from peft import PeftConfig, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.cli import SETTINGS, UserError, nearest, read_rows, write_rows
+from lib.cli import SETTINGS, TOY, UserError, nearest, read_rows, write_rows
 from lib.policy import BadNumbers, BrokenPolicy, fingerprint, loading
 
-TOY = Path(__file__).resolve().parent.parent / "toy"
 ORGANISATIONS = {  # on the hub, of the families that a short name begins with
     "Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google",
     "OLMo": "allenai", "DeepSeek": "deepseek-ai", "Mistral": "mistralai", "phi": "microsoft"}

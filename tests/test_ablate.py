@@ -132,9 +132,11 @@ def test_verdicts_and_stars_agree_with_the_intervals(tmp_path):
     text = ablate.report("alignment", results, ["- nothing failed"], tmp_path)
     words, cells = set(), changes_in(text)
     assert list(cells) == list(GAINS)[1:]
+    count = len(cells) * len(KS)
+    assert f"all {count} intervals of changes hold at once" in text
     for label in cells:
         change = estimates(results, label) - estimates(results, "k = 1")
-        mean, half = (each.tolist() for each in evaluate.interval(change))
+        mean, half = (each.tolist() for each in evaluate.interval(change, count))
         [said] = re.findall(rf"- {label} against k = 1: (.*)\.", text)
         expected = {}
         for k, m, h, shown in zip(KS, mean, half, cells[label], strict=True):
@@ -172,7 +174,7 @@ def test_other_columns_are_means_of_the_last_quarter_of_training_over_the_seeds(
     results = made_up(GAINS)["k = 1"]
     for seed, (_, metrics, _) in results.items():
         metrics[-1]["reward"] = seed / 10
-    curve = ablate.curve_of("x", list(results.values()), "alignment")
+    curve = ablate.curve_of("x", list(results.values()))
     assert curve.metric == "pass" and curve.ks == KS and curve.values.shape == (3, 30, 5)
     torch.testing.assert_close(curve.more["reward"], torch.tensor([.15, .2, .25]).double())
     assert curve.more["entropy"].tolist() == [7.5] * 3  # of 7 and 8, the last two steps of eight

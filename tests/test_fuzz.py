@@ -183,11 +183,9 @@ def test_what_is_infinite_equals_no_number():
 ROWS = [{"id": "a", "problem": "1 + 1?", "answer": "2", "level": 3, "prompt": "exactly"},
         {"problem": "Größe\u2028x?", "answer": 7}, {"problem": "p", "answer": [1]}]
 OF_ALL = {"model": "toy", "data": "divisor", "n": 2, "seed": 0}
-SAMPLES = [{"id": "i", "task": "divisor", "problem": "30003:", "answer": "30003", **OF_ALL,
-            "answers": [{"text": "3*5+7-2", "finished": True, "tokens": 8},
-                        {"text": "\u2028", "finished": False, "tokens": 1}]},
-           {"id": "j", "task": "math", "problem": "p", "answer": "7", **OF_ALL,
-            "answers": [{"text": "\\boxed{7}", "finished": True, "tokens": 3}] * 2}]
+SAMPLES = [{"id": p.id, "answer": p.answer, "digest": sample.fingerprint(p), **OF_ALL,
+            "answers": [{"text": "3", "finished": True}, {"text": "\u2028", "finished": False}]}
+           for p in tasks.load_problems("divisor", 2)]
 JSON = [*'{}[]",:\\ue0-+.', "null", "true", "NaN", "Infinity", "-1", "1e999", "9" * 5000,
         '"\\ud800"', '"../x"', "\\u0000", "[" * 3000, '{"a":' * 3000, "\n", "\r", "\u2028",
         '"id"', '"problem"', '"answer"', '"answers"', '"text"', '""', "{}", "[]", "\xff",
@@ -255,7 +253,6 @@ def test_any_samples_file_is_read_or_refused_in_one_sentence(tmp_path):
             rewards = [[0.0] * len(group) for group in groups]
             curve = evaluate.make_curve("x", problems, rewards, (1,))
             evaluate.difference(curve, curve)
-            evaluate.describe_answers(groups, rewards)
             read += 1
     assert read > share("samples") // 20
 

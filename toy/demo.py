@@ -88,11 +88,12 @@ def draw(curves: list, texts: dict[str, list[list[str]]], path: Path | None = No
     evaluate.draw_curves(left, curves)
     left.set_title("chance that one of k answers is right")
     labels = [*DIVISORS, "other"]
-    for i, (name, groups) in enumerate(texts.items()):
+    for i, (look, name) in enumerate(zip(evaluate.looks_of([*texts]), texts)):
+        groups = texts[name]
         said = Counter(text if text in DIVISORS else "other" for group in groups for text in group)
         shares = [100 * said[label] / said.total() for label in labels]
         places = [place + 0.27 * (i - 1) for place in range(len(labels))]
-        right.bar(places, shares, 0.27, label=name, color=evaluate.LOOKS[i]["color"],
+        right.bar(places, shares, 0.27, label=name, color=look["color"],
                   hatch=("", "///", "...")[i], edgecolor="white", linewidth=0)
     right.set(title="what the model answers, in % of its answers", xlabel="answer")
     right.set_xticks(range(len(labels)), labels)
