@@ -132,7 +132,7 @@ def test_weights_and_pass_at_k_equal_rspo_for_every_c_and_k(numbers, n):
     groups = (torch.arange(n) < torch.arange(n + 1)[:, None]).double()  # (c, n)
     expected = [torch.stack([rspo.pass_at_k_weights(groups, k)[:, 0],
                              rspo.pass_at_k(groups, k)], -1) for k in range(1, n + 1)]
-    close(numbers["table"][str(n)], torch.stack(expected))
+    close(numbers["table"][str(n)], torch.stack(expected), 1e-15)
 
 
 def test_each_answer_of_a_group_gets_the_weights_of_rspo(numbers):
@@ -164,12 +164,12 @@ def test_the_landscape_and_the_start_are_those_of_bandit(numbers):
 def test_every_step_on_the_hills_is_that_of_bandit(numbers, k):
     assert len(numbers["hills"][str(k)]) == len(STOPS)
     for stop, (logits, gradient, policy, values) in zip(STOPS, numbers["hills"][str(k)]):
-        close(logits, path(k)[stop], 1e-10)
+        close(logits, path(k)[stop])
         here = torch.tensor(logits, dtype=torch.float64)
         close(gradient, bandit.gradient(bandit.HILLS, here, k))
         close(policy, here.softmax(-1))
         close(values, [bandit.objective(bandit.HILLS, here, x).item() for x in (1, k)])
-    close(numbers["hills"][str(k)][-1][2], bandit.climb(k), 1e-10)
+    close(numbers["hills"][str(k)][-1][2], bandit.climb(k))
 
 
 # ---------------------------------------------------------------- 3. the page
@@ -186,7 +186,8 @@ const look = () => ({
   meaning: at("meaning").textContent, group: at("group-says").textContent,
   bars: Object.fromEntries(["rspo", "group", "reward", "grpo"].map((id) => [id, bars(id)])),
   grid: Object.fromEntries(["rspo", "group", "reward", "grpo"].map((id) => [id, grid(id)])),
-  right: [...at("answers").querySelectorAll("circle")].map((x) => x.getAttribute("fill") !== "#fff"),
+  right: [...at("answers").querySelectorAll("circle")].map(
+    (x) => x.getAttribute("fill") !== "#fff"),
   progress: at("progress").textContent.replace(/\\s+/g, " "), run: at("run").textContent,
   grids: grid("mass"), traces: [...at("mass").querySelectorAll("polyline")].map(
     (x) => x.getAttribute("points").split(" ").map((point) => Number(point.split(",")[1]))),
