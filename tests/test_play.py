@@ -3,7 +3,7 @@
 1. the file is small and loads nothing;
 2. its functions give the weights of rspo.py and climb the hills of bandit.py, to rounding, in
    Chromium and in Node, whichever is there;
-3. in Chromium, the words, bars and curves on the page follow the sliders, buttons and links.
+3. in Chromium, the words, bars and curves follow the sliders, buttons and links; a phone shows all.
 """
 
 import html
@@ -305,3 +305,20 @@ def test_a_link_sets_the_scene_and_a_senseless_one_does_no_harm(tmp_path, link, 
     assert seen["sliders"][:2] == sliders[:2] and 1 <= seen["sliders"][2] <= sliders[0]
     if link.startswith("#n=20"):
         assert seen["sliders"] == sliders
+
+
+@needs_browser
+def test_every_input_has_a_label_and_a_phone_shows_it_all(tmp_path):
+    actions = """
+        document.documentElement.style.width = "360px";
+        dispatchEvent(new Event("resize"));
+        const named = (input) => input.labels.length === 1 && input.labels[0].textContent.trim();
+        const inside = (node) => node.getBoundingClientRect().right <= 360;
+        return { named: [...document.querySelectorAll("input")].map(named),
+                 outside: [...document.body.querySelectorAll("*")].filter((x) => !inside(x))
+                   .map((x) => x.outerHTML) };"""
+    seen = in_browser(tmp_path, actions)
+    assert seen["named"] == ["n, answers to one question:", "c of them are right:",
+                             "k tries, the best counts:", *map(str, KS),
+                             "show the other k, too"]
+    assert seen["outside"] == []
