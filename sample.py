@@ -27,6 +27,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -374,28 +375,21 @@ def sample_file(args, path: Path, problems: list, heads: list[dict]) -> None:
 
 
 def ask(args) -> None:
-    """Print n answers to one question, the most frequent first."""
-    sampler, [problem] = open_sampler(args, [tasks.question(args.ask, args.data)])
-    groups, seed = {}, stream(args.seed, "ask")
-    for rollout in sampler.generate([problem.prompt_ids], args.n, seed)[0]:
-        answer = tasks.vote(rollout.text) if rollout.finished else "(cut off)"
-        groups.setdefault(answer, []).append(rollout)
-    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
-    for answer, agreeing in ranked:
-        line = f"{len(agreeing):>4d} of {args.n}   {answer[:200]}"
-        if problem.answer:  # a game tells right from wrong by itself
-            [[reward]], _ = tasks.grade_all([problem], [agreeing[:1]])
-            line += f"   reward {reward:.3g}"
-        print(line)
-    if not problem.answer:
-        answer, [first, *_] = ranked[0]
-        print(f"\none of those that say {answer[:200]}:\n\n{first.text}")
+    """Print what is answered to one question, the most frequent first, and one in full."""
+    prompt = f"{args.ask}:" if tasks.split_name(args.data)[0] in tasks.GAMES else None
+    problem = tasks.Problem("ask", args.ask, "", prompt=prompt)
+    sampler, [problem] = open_sampler(args, [problem])
+    [group] = sampler.generate([problem.prompt_ids], args.n, stream(args.seed, "ask"))
+    said = Counter(tasks.vote(r.text) if r.finished else "(cut off)" for r in group)
+    for answer, count in said.most_common():
+        print(f"{count:>4d} of {args.n}   {answer[:200]}")
+    print(f"\nthe first one in full:\n\n{group[0].text}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(__doc__, SETTINGS, argv)
-    if args.ask is not None and args.data:
-        cli.fail("--ask brings its own question: leave --data out")
+    if args.ask is not None and (args.data or not args.ask.strip()):
+        cli.fail("--ask must be a question, and brings its own: leave --data out")
     settle(args)
     if args.ask is not None:
         return ask(args)

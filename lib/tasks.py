@@ -210,26 +210,13 @@ def encode(problems: list[Problem], tokenizer, config, max_new_tokens: int) -> l
         if not ids:
             raise UserError(f"{where}: its prompt {text[:40]!r} has no tokens")
         if len(tokenizer) < 100 and not tokenizer.decode(ids).endswith(text):  # the toy
-            raise UserError(f"{where}: the toy knows one game only, and no other characters than "
-                            "digits: leave --data out")
+            raise UserError(f"{where}: the toy knows one game only, to divide a number such as "
+                            "19307: leave --data out")
         if len(ids) + max_new_tokens > context:
             raise UserError(f"{where}: prompt of {len(ids)} tokens + --max-new-tokens "
                             f"{max_new_tokens} exceed the model's context of {context} tokens")
         encoded.append(replace(problem, prompt_ids=tuple(ids)))
     return encoded
-
-
-def question(text: str, data: str) -> Problem:
-    """The problem that a user types: a number to divide, or a question without answer."""
-    text, task = text.strip().rstrip(":"), split_name(data)[0]
-    if not text:
-        raise UserError("--ask is empty: give a question")
-    if task not in GAMES:
-        return Problem("ask", text, "")
-    if not re.fullmatch("[1-9][0-9]{4}", text):
-        raise UserError(f"--ask is {text!r}, but the toy finds divisors: give a number of five "
-                        "digits, such as 19307")
-    return Problem("ask", f"{text}:", text, task)
 
 
 # ---------------------------------------------------------------- find a divisor

@@ -702,7 +702,8 @@ def test_an_empty_or_missing_or_mixed_samples_file_is_refused(tmp_path, content,
     ("--model tox", "'tox' is unknown, did you mean 'toy'"),
     ("--model toy tox", "'tox' is unknown"), ("--model toy runs/x", "runs/x does not exist"),
     ("--model toy s.jsonl", "s.jsonl does not say its temperature"),
-    ("--data mathh", "did you mean"), ("--temperature -1", "--temperature is -1"), ("--tempreature 1", "did you mean")])
+    ("--data mathh", "did you mean"), ("--temperature -1", "--temperature is -1"),
+    ("--tempreature 1", "did you mean")])
 def test_what_cannot_be_estimated_is_refused_before_any_figure(
         go, monkeypatch, tmp_path, flags, said):
     monkeypatch.chdir(tmp_path)

@@ -349,7 +349,7 @@ def test_a_file_of_other_settings_is_refused_and_kept(tmp_path, flags, said):
     (["--max-new-tokens", 30], "tokens 30 exceed the model's context of 32"),
     (["--model", "tou"], "did you mean 'toy'"),
     (["--data", "divisr"], "'divisr' is unknown, did you mean"),
-    (["--ask", "1", "--data", "math"], "leave --data out"), (["--ask", " "], "--ask is empty")])
+    (["--ask", "1", "--data", "math"], "leave --data out"), (["--ask", " "], "must be a question")])
 def test_what_cannot_work_is_refused_and_nothing_is_written(monkeypatch, tmp_path, flags, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
@@ -359,28 +359,20 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(monkeypatch, tmp_pat
 
 
 def test_answers_to_a_question_that_agree_are_counted_together(capsys):
-    script("--ask", "30003:", "--n", 40)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    counts = [int(words[0]) for words in lines]  # count of 40 answer reward r
+    script("--ask", "30003", "--n", 40)
+    counted, first = capsys.readouterr().out.split("\n\nthe first one in full:\n\n")
+    lines = [line.split() for line in counted.splitlines()]  # count of 40 answer
+    counts = [int(words[0]) for words in lines]
     assert sum(counts) == 40
     assert counts == sorted(counts, reverse=True) and counts[0] > 1
-    assert len({words[3] for words in lines}) == len(lines)
-    rewards = {words[3]: float(words[-1]) for words in lines if words[3] != "(cut"}
-    assert rewards == {text: tasks.grade_divisor(text, "30003") for text in rewards}
-    assert 1 in rewards.values()
+    said = {words[3] for words in lines}
+    assert len(said) == len(lines) and first.strip() in said
+    assert any(tasks.grade_divisor(text, "30003") for text in said)
 
 
-def test_a_cut_off_answer_to_a_question_earns_nothing_however_right(monkeypatch, capsys):
-    right = Rollout((5,), (6,), (0.0,), "3", False)  # no end token
-    monkeypatch.setattr(HFSampler, "generate", lambda *_: [[right, right]])
-    script("--ask", "30003", "--n", 2)
-    assert capsys.readouterr().out.split() == "2 of 2 (cut off) reward 0".split()
-
-
-@pytest.mark.parametrize("question", ["3000", "300030", "03003", "3000x", "30003=3",
-                                      "-3000", "2+2"])
+@pytest.mark.parametrize("question", ["3000x", "30003=3", "-3000", "2+2"])
 def test_the_toy_is_asked_its_own_questions_only(question):
-    with pytest.raises(UserError, match="give a number of five digits"):
+    with pytest.raises(UserError, match="to divide a number such as 19307"):
         script("--ask", question)
 
 

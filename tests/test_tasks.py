@@ -311,22 +311,6 @@ def test_a_prompt_that_the_model_cannot_read_is_refused_with_the_numbers(problem
         tasks.encode([problem], tokenizer, context(20), new)
 
 
-def test_a_question_is_a_problem_and_a_game_knows_its_answer():
-    assert tasks.question(" 1 + 1? ", "math500") == Problem("ask", "1 + 1?", "")
-    for text in ("30003", "30003:", " 30003: "):
-        for task in tasks.GAMES:
-            asked = tasks.question(text, f"{task}:test")
-            assert asked == Problem("ask", "30003:", "30003", task)
-
-
-@pytest.mark.parametrize("text", ["3", "3000", "300030", "03003", "3000x", "30003=3", "-3000"])
-def test_a_question_that_the_toy_cannot_play_is_refused(text):
-    with pytest.raises(UserError, match="give a number of five digits"):
-        tasks.question(text, "divisor:test")
-    with pytest.raises(UserError, match="--ask is empty"):
-        tasks.question(" : ", "math500")
-
-
 # ---------------------------------------------------------------- 4. rewards
 
 HANGS = r"\boxed{(((9^{9999})^{9999})^{9999})\pi}"
