@@ -14,7 +14,7 @@ centred weights, GRPO's advantage. Noise: the group maximum drowns in it.
 Shapes: T hidden types, A actions, n samples per prompt, O = A^n outcomes.
 """
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,11 +108,38 @@ def climb(k: int) -> Tensor:
     return train(HILLS, k, START, torch.optim.SGD, steps=1250, lr=2.).softmax(-1)
 
 
+@cache
+def trained_for(k: int) -> Tensor:
+    """Logits (A,) after exact training on the hidden types, from equal chances."""
+    return train(HIDDEN_TYPES, k, torch.zeros(8).double())
+
+
 def alignment(ks: tuple[int, ...]) -> Tensor:
     """(K, K): row = k trained for, column = k evaluated at, both exact."""
-    uniform = torch.zeros(8).double()
-    trained = [train(HIDDEN_TYPES, k, uniform) for k in ks]
-    return tensor([[objective(HIDDEN_TYPES, x, k) for k in ks] for x in trained])
+    return tensor([[objective(HIDDEN_TYPES, x, k) for k in ks] for x in map(trained_for, ks)])
+
+
+def learn_from_samples(estimator: str, k: int, seeds: int = 8, lr: float = 0.3,
+                       steps: int = 300, prompts: int = 4, n: int = 16) -> Tensor:
+    """(steps / 10 + 1, S): exact Pass@k on the hidden types while S seeds learn, each alone.
+
+    Nothing else in this file draws samples: here the noise is what is to be seen.
+    """
+    random = torch.Generator().manual_seed(0)
+    draw = lambda chance, *shape: torch.multinomial(
+        chance, shape[-1], replacement=True, generator=random)
+    logits, found = torch.zeros(seeds, 8).double(), []  # (S, A)
+    for step in range(steps + 1):
+        if step % 10 == 0:
+            found.append(tensor([objective(HIDDEN_TYPES, x, k) for x in logits]))
+        policy = logits.softmax(-1)  # (S, A)
+        hidden = draw(HIDDEN_TYPES.chance.expand(seeds, -1), prompts)  # (S, P)
+        actions = draw(policy, prompts * n).view(seeds, prompts, n)  # (S, P, n)
+        rewards = HIDDEN_TYPES.reward[hidden].gather(-1, actions)  # (S, P, n)
+        weights = ESTIMATORS[estimator](rewards, k).flatten(1)  # (S, P n)
+        pushed = torch.zeros_like(logits).scatter_add(-1, actions.flatten(1), weights)
+        logits += lr * (pushed - weights.sum(-1, keepdim=True) * policy) / (prompts * n)
+    return torch.stack(found)
 
 
 def compare_estimators(ks: tuple, rates: tuple, n: int) -> dict[str, Tensor]:
@@ -135,7 +162,7 @@ def compare_estimators(ks: tuple, rates: tuple, n: int) -> dict[str, Tensor]:
     return tables
 
 
-def draw_hills(path: Path) -> None:
+def draw_hills(path: Path | None = None) -> Figure:
     figure = Figure(figsize=(8, 5.4), layout="constrained")
     land, mass = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     land.fill_between(range(100), HILLS.reward[0], color="#dddddd")
@@ -147,7 +174,9 @@ def draw_hills(path: Path) -> None:
         mass.plot(policy, style, color=color, label=label)
     mass.set(xlabel="arm", ylabel="probability", yscale="log", ylim=(1e-4, 1.5))
     mass.legend(loc="upper left")
-    figure.savefig(path, dpi=150)
+    if path:
+        figure.savefig(path, dpi=150)
+    return figure
 
 
 def draw_tables(bias: dict, rates: tuple, noise: dict, ks: tuple, path: Path) -> None:
@@ -164,10 +193,19 @@ def draw_tables(bias: dict, rates: tuple, noise: dict, ks: tuple, path: Path) ->
     figure.savefig(path, dpi=150)
 
 
-def show(title: str, head: str, columns: tuple, rows: dict) -> None:
+def show(title: str, head: str, columns: tuple, rows: dict, form: str = "{}") -> None:
+    """A table: rows is {name: cells}, and form says how a cell is written."""
     print(f"\n{title}")
     for name, cells in {head: columns, **rows}.items():
-        print(f"  {name:<20} |" + "".join(f"{cell:>9}" for cell in cells))
+        texts = [f"{cell if cells is columns else form.format(cell):>9}" for cell in cells]
+        print(f"  {name:<20} |" + "".join(texts))
+
+
+def show_alignment(ks: tuple[int, ...], title: str) -> None:
+    matrix = alignment(ks)
+    stars = [[f"{x:.3f}{'*' if best else ' '}" for x, best in zip(*row)]
+             for row in zip(matrix, matrix == matrix.amax(0))]
+    show(f"{title}; * = best of column", "train k", ks, dict(zip(ks, stars)))
 
 
 def main() -> None:
@@ -177,21 +215,16 @@ def main() -> None:
     Path("runs").mkdir(exist_ok=True)
     draw_hills(Path("runs/hills.png"))
 
-    matrix = alignment(ks)
-    stars = [[f"{x:.3f}{'*' if best else ' '}" for x, best in zip(*row)]
-             for row in zip(matrix, matrix == matrix.amax(0))]
-    show("1. Alignment: Pass@k after exact training for k; * = best of column",
-         "train k", ks, dict(zip(ks, stars)))
-
+    show_alignment(ks, "1. Alignment: Pass@k after exact training for k")
     tables = compare_estimators(noise_ks, rates, n)
     bias = {name: table[-1, :, 0] / table[-1, :, 2] for name, table in tables.items()}
     show(f"2. Bias: mean of the estimate / true gradient of Pass@{noise_ks[-1]}, n = {n}",
-         "success rate w", rates, {name: map("{:.3g}".format, x) for name, x in bias.items()})
+         "success rate w", rates, bias, "{:.3g}")
 
     noise = {name: tables[name][..., 1].mean(1) / tables["RSPO"][..., 1].mean(1)
              for name in UNBIASED}
     show("3. Noise: variance / RSPO's, mean over w (two actions overlap more than texts)",
-         "k", noise_ks, {name: map("{:.2f}".format, x) for name, x in noise.items()})
+         "k", noise_ks, noise, "{:.2f}")
     draw_tables(bias, rates, noise, noise_ks, Path("runs/bandit.png"))
     print("\nfigures: runs/hills.png, runs/bandit.png")
 

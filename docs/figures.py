@@ -2,9 +2,10 @@
 
     python docs/figures.py        writes weight.png, credit.png and steps.png beside this file
 
-A function draws on axes that it is given, so walkthrough.ipynb shows the same figures.
+A function returns its figure, so walkthrough.ipynb shows the same ones. None touches pyplot or a
+backend: a notebook keeps its own.
 
-Shapes: n answers to a prompt, C counts of right ones among them.
+Shapes: n answers to a prompt, C counts of right ones among them; K values of k, A actions.
 """
 
 import sys
@@ -14,17 +15,51 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bandit
 import rspo
 from evaluate import LOOKS
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 
 
-def weight_by_success_rate(axis, ks=(1, 2, 4, 8), n: int = 64) -> None:
+def new(columns: int = 1, size: tuple = (7, 4)) -> tuple:
+    """An empty figure, and its axes from left to right."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, *figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+
+
+def bets(ks: tuple = (1, 4, 16)) -> Figure:
+    """What exact training for each k learns to play against the four hidden types."""
+    figure, *axes = new(len(ks), (9, 2.8))
+    for axis, k in zip(axes, ks):
+        policy = bandit.trained_for(k).softmax(-1)  # (A,)
+        axis.bar(range(1, 9), policy, color=LOOKS[f"k = {k}"][0])
+        axis.set(title=f"trained for k = {k}", xlabel="action", xticks=range(1, 9), ylim=(0, 1.05))
+    axes[0].set_ylabel("chance to be played")
+    return figure
+
+
+def hitchhiking(k: int = 8, **settings) -> Figure:
+    """Exact Pass@k while each of eight seeds learns: the group maximum's weights and RSPO's."""
+    figure, *axes = new(2, (9, 3.4))
+    for axis, name in zip(axes, ("group maximum", "RSPO")):
+        found = bandit.learn_from_samples(name, k, **settings)  # (T, S)
+        steps = range(0, 10 * len(found), 10)
+        axis.plot(steps, found, color=ORANGE if name == "group maximum" else BLUE, lw=1, alpha=0.7)
+        axis.plot(steps, found.mean(1), color="black", lw=2, ls="--", label="mean of the seeds")
+        axis.set(title=f"{name}: {found.shape[1]} seeds", xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"chance that one of {k} is right")
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+def weight_by_success_rate(ks=(1, 2, 4, 8), n: int = 64) -> Figure:
     """Weight of a right answer over the prompt's success rate w.
 
     A line is k (1 - w)^(k-1), a marker is the weight of rspo.py at w = c / n.
     """
+    figure, axis = new()
     rates = torch.linspace(0, 1, 200)
     right = torch.arange(1, n + 1, 4)  # (C,)
     groups = (torch.arange(n) < right[:, None]).double()  # (C, n)
@@ -37,13 +72,15 @@ def weight_by_success_rate(axis, ks=(1, 2, 4, 8), n: int = 64) -> None:
              xlabel="success rate w of the prompt", ylabel="weight of a right answer")
     axis.grid(alpha=0.3)
     axis.legend()
+    return figure
 
 
-def who_gets_the_credit(axes, rewards=(0, 1, 0, 0), k: int = 4) -> None:
+def who_gets_the_credit(rewards=(0, 1, 0, 0), k: int = 4) -> Figure:
     """Weights of one group of k: the group maximum's and RSPO's.
 
     k wrong answers more stand behind the group, so that n = 2k.
     """
+    figure, *axes = new(2)
     group = torch.tensor(rewards, dtype=torch.float64)  # (k,)
     everyone = torch.cat([group, torch.zeros(k)])  # (2k,)
     methods = {"Group maximum: three hitchhikers": rspo.group_max_weights(everyone, k)[:k],
@@ -56,13 +93,15 @@ def who_gets_the_credit(axes, rewards=(0, 1, 0, 0), k: int = 4) -> None:
         bars = axis.bar(names, weights, color=colours, hatch=hatches, edgecolor="white")
         axis.bar_label(bars, [f"{weight:g}" for weight in weights])
         axis.set(title=title, ylabel="weight in the gradient", ylim=(0, 1.2 * k))
+    return figure
 
 
-def sort_diff_cumsum(axis, rewards=(0.1, 0.5, 0.2, 1.0), k: int = 2) -> None:
+def sort_diff_cumsum(rewards=(0.1, 0.5, 0.2, 1.0), k: int = 2) -> Figure:
     """How the Max@k weight adds up over the sorted rewards.
 
     Each step between neighbours counts times the chance to be above all rivals.
     """
+    figure, axis = new()
     ascending = torch.tensor(sorted(rewards), dtype=torch.float64)  # (n,)
     weights = rspo.max_at_k_weights(ascending, k)  # (n,)
     zero = torch.zeros(1, dtype=torch.float64)
@@ -81,16 +120,15 @@ def sort_diff_cumsum(axis, rewards=(0.1, 0.5, 0.2, 1.0), k: int = 2) -> None:
              xlabel="answers, sorted by reward", ylabel="reward", xticks=range(len(rewards)),
              xticklabels=[f"r = {reward:g}" for reward in ascending.tolist()],
              ylim=(0, 1.25 * max(rewards)))
+    return figure
 
 
 def main() -> None:
     folder = Path(__file__).resolve().parent
-    drawings = {"weight": (weight_by_success_rate, 1), "credit": (who_gets_the_credit, 2),
-                "steps": (sort_diff_cumsum, 1)}
-    for name, (draw, columns) in drawings.items():
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        draw(figure.subplots(1, columns, sharey=True))
-        figure.savefig(folder / f"{name}.png", dpi=130)
+    drawings = {"weight": weight_by_success_rate, "credit": who_gets_the_credit,
+                "steps": sort_diff_cumsum}
+    for name, draw in drawings.items():
+        draw().savefig(folder / f"{name}.png", dpi=130)
         print(folder / f"{name}.png")
 
 

@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore", message="IProgress")  # in a notebook; our bar needs no widget
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -44,17 +46,27 @@ def train(folder: Path, ks=KS, flags=FLAGS) -> dict[int, Path]:
             processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log,
                                               env={**os.environ, "OMP_NUM_THREADS": "1"}))
     label = "training for " + " and ".join(f"k = {k}" for k in ks)
-    with tqdm(total=len(ks) * cli.SETTINGS["steps"].toy, desc=label, unit=" steps", mininterval=1,
-              file=sys.stdout) as bar:
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+    with tqdm(total=len(ks) * cli.SETTINGS["steps"].toy, desc=label, file=sys.stdout, ncols=80,
+              mininterval=1, bar_format=form) as bar:
         while any(process.poll() is None for process in processes):
             time.sleep(0.2)
-            rows = [path / "metrics.jsonl" for path in runs.values()]
-            bar.update(sum(row.read_bytes().count(b"\n") for row in rows if row.exists()) - bar.n)
+            rewards = [column(path, "reward") for path in runs.values()]
+            if all(rewards):
+                late = [f"{evaluate.running_mean(each)[-1]:.2f}" for each in rewards]
+                bar.set_postfix_str("reward " + " and ".join(late), refresh=False)
+            bar.update(sum(map(len, rewards)) - bar.n)
     for process, path in zip(processes, runs.values()):
         if process.returncode:
             said = path.with_suffix(".log").read_text().strip().split("\n")
             raise UserError(f"training in {path} failed: {said[-1]}")
     return runs
+
+
+def column(path: Path, name: str) -> list[float]:
+    """A column of metrics.jsonl, as far as the run has come."""
+    rows = path / "metrics.jsonl"
+    return [row[name] for _, row in cli.read_rows(rows, appended=True)] if rows.exists() else []
 
 
 def curves(runs: dict[int, Path], ks=(1, 2, 4, 8, 16, 32)) -> list[evaluate.Curve]:
@@ -100,6 +112,21 @@ def draw(curves: list, texts: dict[str, list[list[str]]], path: Path | None = No
     right.legend(fontsize=8)
     if path:
         figure.savefig(path, dpi=150)
+    return figure
+
+
+def draw_history(runs: dict[int, Path]) -> Figure:
+    """Entropy and mean reward over the steps, means of ten steps."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    columns = {"entropy": "entropy (nats per answer)", "reward": "mean reward"}
+    for axis, (name, label) in zip(figure.subplots(1, 2), columns.items()):
+        names = [f"k = {k}" for k in runs]
+        for path, title, look in zip(runs.values(), names, evaluate.looks_of(names)):
+            means = evaluate.running_mean(column(path, name))
+            axis.plot(means, look["linestyle"], color=look["color"], label=title)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
     return figure
 
 
