@@ -225,6 +225,27 @@ def test_training_for_k_is_best_at_k():
     close(matrix.diag(), torch.stack(best), 1e-4)
 
 
+@pytest.mark.parametrize("estimator", bandit.UNBIASED)
+def test_learning_from_samples_follows_the_gradient(estimator):
+    found = bandit.learn_from_samples(estimator, k=2, seeds=64, lr=1e-3, steps=10, prompts=16)
+    assert found.shape == (2, 64)
+    start = torch.zeros(8).double()
+    close(found[0], bandit.objective(bandit.HIDDEN_TYPES, start, 2).expand(64))
+    rises = (found[1] - found[0]) / (10 * 1e-3)  # (S,)
+    steepest = bandit.gradient(bandit.HIDDEN_TYPES, start, 2).square().sum()
+    error = rises.std() / 8  # of the mean of 64 seeds
+    assert (rises.mean() - steepest).abs() < 4 * error and error < 0.1 * steepest
+
+
+def test_seeds_that_learn_from_group_maxima_scatter_and_rspos_do_not():
+    spread = {}
+    for name in ("RSPO", "group maximum"):
+        last = bandit.learn_from_samples(name, k=8)[-1]  # (S,)
+        assert len(last.unique()) == 8
+        spread[name] = last.std()
+    assert spread["group maximum"] > 10 * spread["RSPO"]
+
+
 # ---------------------------------------------------------------- 4. the script
 
 @pytest.mark.parametrize("package", ["torch", "matplotlib"])
