@@ -163,7 +163,7 @@ def compare_estimators(ks: tuple, rates: tuple, n: int) -> dict[str, Tensor]:
 
 
 def draw_hills(path: Path | None = None) -> Figure:
-    figure = Figure(figsize=(8, 5.4), layout="constrained")
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
     land, mass = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     land.fill_between(range(100), HILLS.reward[0], color="#dddddd")
     land.set(title="Two hills: where training for k ends", ylabel="reward")

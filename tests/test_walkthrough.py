@@ -19,7 +19,7 @@ from test_house import python_files
 
 LESSON = ROOT / "walkthrough.ipynb"
 DRAWS = re.compile(r"figures\.\w+\(|draw\w*\(")
-SAME = 0.01  # mean difference of a colour, from 0 to 1; that to a white picture is over 3 times it
+SAME = 0.005  # mean difference of a colour, from 0 to 1; that to a white picture is over 3 times it
 
 
 def run(notebook) -> None:
