@@ -151,6 +151,18 @@ def test_verdicts_and_stars_agree_with_the_intervals(tmp_path):
     assert (tmp_path / "alignment.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_diagonal_compares_the_k_trained_for_with_every_other_one(tmp_path):
+    results = made_up({f"k = {k}": 0.02 * k for k in KS})
+    text = ablate.report("alignment", results, [], tmp_path)
+    lines = re.findall(r"^- @(\d+): k = (\d+) minus (.*)$", text, flags=re.M)
+    assert [(int(k), int(own)) for k, own, _ in lines] == [(k, k) for k in KS]
+    for k, own, rest in lines:
+        for other, mean, half in re.findall(r"(k = \d+): (\S+?)\+-(\S+)", rest):
+            change = estimates(results, f"k = {own}") - estimates(results, other)
+            expected = [x[KS.index(int(k))].item() for x in evaluate.interval(change, 20)]
+            assert [float(mean), float(half)] == pytest.approx(expected, abs=6e-4)
+
+
 def test_a_verdict_is_what_its_interval_says():
     change = (1, 2, 4, 8, 16), [.011, -.011, .009, -.009, .02], [.01] * 4 + [float("nan")]
     assert ablate.verdict("a", "b", *change) == (
