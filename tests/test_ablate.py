@@ -157,7 +157,7 @@ def test_the_diagonal_compares_the_k_trained_for_with_every_other_one(tmp_path):
     lines = re.findall(r"^- @(\d+): k = (\d+) minus (.*)$", text, flags=re.M)
     assert [(int(k), int(own)) for k, own, _ in lines] == [(k, k) for k in KS]
     for k, own, rest in lines:
-        for other, mean, half in re.findall(r"(k = \d+): (\S+?)\+-(\S+)", rest):
+        for other, mean, half in re.findall(r"(k = \d+): (\S+?)\+-([.\d]+)", rest):
             change = estimates(results, f"k = {own}") - estimates(results, other)
             expected = [x[KS.index(int(k))].item() for x in evaluate.interval(change, 20)]
             assert [float(mean), float(half)] == pytest.approx(expected, abs=6e-4)
