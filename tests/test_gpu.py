@@ -6,9 +6,11 @@
 3. The learner passes no padding mask, so that flash attention can be taken, and loses nothing.
 4. In bfloat16 the adapter computes in 16 bits: fewer activations are kept, the gradient is
    float32's, the sampler agrees as before.
+5. benchmarks/gpu_check.py runs on a CPU in small, and a part that fails ends no other.
 """
 
 import os
+import json
 import random
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from test_train import go, quick  # noqa: F401
 
 import sample
 import train
+from benchmarks import gpu_check
 from lib import cli, policy, run, tasks
 from lib.cli import UserError
 from sample import HFSampler, Rollout
@@ -404,6 +407,41 @@ def test_in_float32_nothing_is_rounded():
     with policy.precision(model):
         assert not torch.is_autocast_enabled("cpu")
         assert model(torch.arange(9)[None]).logits.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- 5. gpu_check
+
+def test_every_part_of_gpu_check_runs_in_small(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(policy, "token_logprobs", policy.token_logprobs)  # "memory" replaces it
+    found = {}
+    for part, settings in gpu_check.parts_of("small"):
+        if part != "memory" and settings.get("sampler") != "vllm":
+            key = (part, settings.get("bits"), settings.get("activations"))
+            found[key] = getattr(gpu_check, part)(shape="small", **settings)
+    assert len(json.dumps(found := [*found.values(), gpu_check.memory("small")], default=str)) > 9
+    machine, *agree = found[:3]
+    assert torch.__version__.startswith(machine["torch"].split("+")[0])
+    for swap in (swap for each in agree for swap in each["swaps"]):
+        assert swap["logprob_gap_mean"] < 0.01 and swap["adapter_arrived"]
+    assert len(found) == 9 and all(each["of_matmul"] > 0 for each in found[3:7])
+    assert [len(found[7]["steps"]), found[7]["steps"][0]["learned_tokens"] > 0] == [3, True]
+    assert found[8]["fits_at"] == found[8]["began_at"] // 4 and found[8]["gradient_off"] < 1e-6
+
+
+def test_a_part_that_fails_or_lacks_vllm_ends_no_other(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "make_model", lambda shape: None)
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_check, "parts_of", lambda shape: iter(
+        [("nonsense", {}), ("agree", {"sampler": "vllm", "bits": "bf16"}), ("machine", {})]))
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--small", "--out", str(out)])
+    with pytest.raises(SystemExit, match="1 of 3 parts failed"):
+        gpu_check.main()
+    assert [("failed" in row, "said" in row) for row in json.loads(out.read_text())] == [
+        (True, False), (False, True), (False, True)]
+    said = capsys.readouterr().out.splitlines()
+    assert "KeyError: 'nonsense'" in said[0] and "vLLM is not installed" in said[1]
 
 
 # ---------------------------------------------------------------- on a GPU (make test-gpu)
