@@ -253,7 +253,7 @@ def settle(argv: list[str] | None):
                 cli.fail(f"{flag(name)} is {getattr(args, name)}, but the adapter of "
                          f"{args.model} has {value}")
     cli.settle(args, cli.SETTINGS, cli.is_toy(base), own)
-    args.sampler = sample.pick_sampler(args.sampler)
+    args.sampler = sample.pick_sampler(args.sampler, args.dtype)
     name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
     args.run = args.run or Path("runs") / name.replace(":", "to").replace(",", "_")
     if args.run.exists() or ".." in args.run.parts:
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    asked = [tasks.encode(each, tokenizer, model.config, args.max_new_tokens)
+    asked = [tasks.encode(each, tokenizer, model.config, args.max_new_tokens, each is held_out)
              for each in (problems, held_out)]
     sampler = sample.make_sampler(args, model, tokenizer, sum(asked, []),
                                   (args.resume or args.run) / ".adapter", args.gpu_memory)
