@@ -9,23 +9,11 @@ from statistics import fmean
 import rspo
 from lib.tasks import vote
 
-HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+CSS = Path(__file__).with_suffix(".css").read_text()
+HEAD = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><style>
-body {font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 80em; margin: auto}
-body {padding: 0 1em} h2 {font-size: 1em; font-weight: normal} h2, h3, p {margin: .3em 0}
-h1 {font-size: 1.4em} h3 {font-size: 1em} section > div {display: grid; gap: 0 3em}
-section > div {grid-template-columns: repeat(auto-fit, minmax(min(100%, 26em), 1fr))}
-section {border-top: 1px solid #bbb; padding: .5em 0 1em; margin-top: 1em}
-article div {max-height: 18em; overflow: auto} article div:has([open]) {max-height: none}
-p, small, header {color: #555; font-weight: normal; font-size: .9em} h2, pre {white-space: pre-wrap}
-h2, code, pre {overflow-wrap: anywhere; unicode-bidi: isolate} span {text-align: right}
-summary, header {display: grid; grid-template-columns: 20px 1fr repeat(3, 60px) 70px}
-summary {cursor: pointer} pre {background: #f3f3f3; padding: .5em; margin: 0 0 .5em}
-summary code {white-space: nowrap; text-overflow: ellipsis; overflow: hidden}
-header, details {padding: 0 .5em; margin: 2px 0; border-left: 5px solid transparent}
-.right {border-left: 5px solid #0072b2} .right b {color: #0072b2}
-.wrong {border-left: 5px dotted #d55e00} .wrong b {color: #d55e00}</style>"""
+{CSS}</style>"""
 
 
 def rows_of(problems, groups, rewards) -> list[dict]:
