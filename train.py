@@ -217,10 +217,7 @@ def report_run(run: Run, held_out: list, k: str) -> None:
               for name, row in sides.items()]
     samples = [(name, [each for each in run.read("samples.jsonl") if each["step"] == row["step"]])
                for name, row in sides.items()]
-    print(f"\n{evaluate.table(curves)}\n\na few answers after training (reward)")
-    for row in samples[-1][1]:
-        answers = [f"{a['text'][-200:]} ({a['reward']:g})" for a in row["answers"][:4]]
-        print(f"  {row['problem'][:200]}  ->  {'   '.join(answers)}")
+    print(f"\n{evaluate.table(curves)}")
     evaluate.plot(curves, run.folder / "curves.png", run.folder.name)
     evaluate.plot_history(run.read("metrics.jsonl"), run.folder / "history.png")
     page.write(run.folder / "samples.html", run.folder.name, k, samples)
