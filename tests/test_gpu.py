@@ -123,8 +123,8 @@ def test_a_full_disk_while_training_with_vllm_is_said_with_the_way_on(
 
 GCC = "Failed to find C compiler. Please specify via CC environment variable."
 HEADERS = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "/tmp/x/cuda_utils.c"])
-OCCUPIED = ("Free memory on device cuda:0 (3.1/23.5 GiB) on startup is less than desired GPU memory "
-            "utilization (0.45, 10.6 GiB). Decrease GPU memory utilization\nor reduce")
+OCCUPIED = ("Free memory on device cuda:0 (3.1/23.5 GiB) on startup is less than desired GPU "
+            "memory utilization (0.45, 10.6 GiB). Decrease GPU memory utilization\nor reduce")
 
 
 @pytest.mark.parametrize("error, advice", [
