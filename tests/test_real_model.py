@@ -90,8 +90,8 @@ def test_the_report_holds_what_is_counted_by_hand(folder, capsys):
         change = by_hand(MIXED, k) - by_hand(["3"] * 16, k)
         assert f"{change:+.3f}".replace("0.", ".") in differences
     assert "says 3 0.500  7 0.438  (cut off) 0.062" in shown
-    assert "reward             0.32 0.32" in shown  # of seeds 31, 32, 33
-    assert "learn_seconds     median 10.5, at most 20.0" in shown
+    assert "reward               0.32   0.32" in shown  # of seeds 31, 32, 33
+    assert "learn_seconds        1.00   5.00  10.00  15.00  20.00  10.50  20.00" in shown
     assert "k8        3*  3*  3*  3*  3*  3*  3*  3*" in shown
     assert (folder / "smollm2.png").stat().st_size > 0
 
@@ -108,7 +108,8 @@ def test_what_is_not_finished_is_not_reported(folder, capsys):
         write(folder, "final", "groupmax8", "4e-4", seed, MIXED, steps=20 if seed < 33 else 19)
     real_model.main(["--report"])
     shown = capsys.readouterr().out
-    assert "groupmax8 is not finished and left out" in shown and "groupmax8: " not in shown
+    assert "finished: before, k1, k8 (of before, k1, k8, groupmax8)" in shown
+    assert "groupmax8: " not in shown
 
 
 def test_without_a_finished_selection_nothing_is_chosen(folder):
