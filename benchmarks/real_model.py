@@ -132,7 +132,8 @@ def draw(found: dict[str, list[Samples]], path: Path) -> None:
     """Left: pass@k with bands. Right: what is answered."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    evaluate.draw_curves(left, [curve_of(arm, seeds) for arm, seeds in found.items()])
+    name = {arm: f"k = {arm[1:]}" if arm[0] == "k" else arm for arm in found}
+    evaluate.draw_curves(left, [curve_of(name[arm], seeds) for arm, seeds in found.items()])
     said = [shares(seeds) for seeds in found.values()]
     top, width = list(said[-1])[:8], 0.8 / len(said)
     for i, each in enumerate(said):
