@@ -35,16 +35,13 @@ HELD_OUT = {"select": ("select", 80), "final": ("test", 160)}  # part of the dat
 ALIKE = "--n 16 --dtype bfloat16 --sampler hf --max-new-tokens 4 --temperature 1".split()
 TRAIN = ("--prompts 16 --lora-rank 8 --no-gradient-checkpointing --micro-batch-tokens 2048 "
          "--limit 8 --eval-n 2").split()  # its own evaluation: not used
-COLUMNS = ("step reward entropy distinct_correct "
-           "sample_seconds learn_seconds peak_memory_gb").split()
+COLUMNS = ("step", "reward", "entropy", "distinct_correct",
+           "sample_seconds", "learn_seconds", "peak_memory_gb")
 # glibc keeps freed memory: else the kernel clears pages for a third of the time
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(2**28),
                "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
-
-
-# A job is (phase, arm, learning rate, seed); its run is runs/real/phase-arm-rate-seed.
-def path_of(job: tuple, end: str = "") -> Path:
-    return OUT / ("-".join(map(str, job)) + end)
+# a job is (phase, arm, learning rate, seed), and its run runs/real/phase-arm-rate-seed
+path_of = lambda job, end="": OUT / ("-".join(map(str, job)) + end)
 
 
 def work(job: tuple) -> None:
@@ -74,9 +71,7 @@ def samples_of(job: tuple) -> Samples | None:
 
 def curve_of(arm: str, seeds: list[Samples]) -> evaluate.Curve:
     """pass@k of S seeds on the same M problems: values (S, M, K)."""
-    curves = [evaluate.make_curve(arm, each.problems, tasks.grade_all(*each[:2])[0], KS)
-              for each in seeds]
-    assert all(curve.problems == curves[0].problems for curve in curves)
+    curves = [evaluate.make_curve(arm, s.problems, tasks.grade_all(*s[:2])[0], KS) for s in seeds]
     return replace(curves[0], values=torch.stack([curve.values for curve in curves]), data="pass@k")
 
 
@@ -130,18 +125,16 @@ def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -
 
 def draw(found: dict[str, list[Samples]], path: Path) -> None:
     """Left: pass@k with bands. Right: what is answered."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    name = {arm: f"k = {arm[1:]}" if arm[0] == "k" else arm for arm in found}
-    evaluate.draw_curves(left, [curve_of(name[arm], seeds) for arm, seeds in found.items()])
+    left, right = (figure := Figure(figsize=(10, 4.2), layout="constrained")).subplots(1, 2)
+    evaluate.draw_curves(left, [curve_of(f"k = {arm[1:]}" if arm[0] == "k" else arm, seeds)
+                                for arm, seeds in found.items()])
     said = [shares(seeds) for seeds in found.values()]
     top, width = list(said[-1])[:8], 0.8 / len(said)
     for i, each in enumerate(said):
         right.bar([x + width * (i + 0.5) - 0.4 for x in range(len(top))],
                   [each.get(text, 0) for text in top], width, edgecolor="white",
                   color=evaluate.LOOKS[i]["color"], hatch=("", "//", "..", "xx")[i])
-    right.set_xticks(range(len(top)), top)
-    right.set(xlabel="answer", ylabel="share of all answers")
+    right.set(xticks=range(len(top)), xticklabels=top, xlabel="answer", ylabel="share of answers")
     figure.savefig(path, dpi=150)
 
 
@@ -156,10 +149,10 @@ def main(argv: list[str] | None = None) -> None:
     jobs = {arm: [("final", arm, rates[arm], seed) for seed in SEEDS[:3 if k else 1]]
             for arm, (k, _) in ARMS.items()}
     run(sum(jobs.values(), []))
+    samples_of(*jobs["before"]) or cli.fail("the answers before training are not finished")
     found = {arm: each for arm in jobs if all(each := [samples_of(job) for job in jobs[arm]])}
     rows = {arm: [ablate.result(path_of(job))[1] for job in jobs[arm]] for arm in list(found)[1:]}
-    print(f"{table}\n\nfinished: {', '.join(found)} (of {', '.join(jobs)})\n")
-    print(report(found, rows))
+    print(table, f"finished: {', '.join(found)}", report(found, rows), sep="\n\n")
     draw(found, OUT / "smollm2.png")
 
 

@@ -108,11 +108,17 @@ def test_what_is_not_finished_is_not_reported(folder, capsys):
         write(folder, "final", "groupmax8", "4e-4", seed, MIXED, steps=20 if seed < 33 else 19)
     real_model.main(["--report"])
     shown = capsys.readouterr().out
-    assert "finished: before, k1, k8 (of before, k1, k8, groupmax8)" in shown
+    assert "finished: before, k1, k8\n" in shown
     assert "groupmax8: " not in shown
 
 
 def test_without_a_finished_selection_nothing_is_chosen(folder):
     (folder / "select-k8-1e-4-21.jsonl").write_text("")
     with pytest.raises(cli.UserError, match="selection"):
+        real_model.main(["--report"])
+
+
+def test_without_the_answers_before_training_nothing_is_compared(folder):
+    (folder / "final-before-0-31.jsonl").unlink()
+    with pytest.raises(cli.UserError, match="before training"):
         real_model.main(["--report"])
