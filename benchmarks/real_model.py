@@ -72,7 +72,7 @@ def samples_of(job: tuple) -> Samples | None:
 def curve_of(arm: str, seeds: list[Samples]) -> evaluate.Curve:
     """pass@k of S seeds on the same M problems: values (S, M, K)."""
     curves = [evaluate.make_curve(arm, s.problems, tasks.grade_all(*s[:2])[0], KS) for s in seeds]
-    return replace(curves[0], values=torch.stack([curve.values for curve in curves]), data="pass@k")
+    return replace(curves[0], values=torch.stack([curve.values for curve in curves]))
 
 
 def choose() -> tuple[dict[str, str], str]:
@@ -108,7 +108,7 @@ def course(seeds: list[list[dict]]) -> str:
 
 def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -> str:
     curves = {arm: curve_of(arm, seeds) for arm, seeds in found.items()}
-    parts = [evaluate.table([*curves.values()][i:]) for i in (0, 1)]  # minus before, minus k1
+    parts = [evaluate.table([*curves.values()][i:], "pass@k") for i in (0, 1)]  # minus the first
     for arm, seeds in found.items():
         each = " ".join(f"{value:.3f}" for value in curves[arm].values[..., KS.index(8)].mean(-1))
         said = "  ".join(f"{text} {share:.3f}" for text, share in list(shares(seeds).items())[:9])
@@ -126,14 +126,14 @@ def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -
 def draw(found: dict[str, list[Samples]], path: Path) -> None:
     """Left: pass@k with bands. Right: what is answered."""
     left, right = (figure := Figure(figsize=(10, 4.2), layout="constrained")).subplots(1, 2)
-    evaluate.draw_curves(left, [curve_of(f"k = {arm[1:]}" if arm[0] == "k" else arm, seeds)
-                                for arm, seeds in found.items()])
-    said = [shares(seeds) for seeds in found.values()]
+    names = [f"k = {arm[1:]}" if arm[0] == "k" else arm for arm in found]
+    evaluate.draw_curves(left, [curve_of(*each) for each in zip(names, found.values())])
+    said, looks = [shares(seeds) for seeds in found.values()], evaluate.looks_of(names)
     top, width = list(said[-1])[:8], 0.8 / len(said)
     for i, each in enumerate(said):
         right.bar([x + width * (i + 0.5) - 0.4 for x in range(len(top))],
                   [each.get(text, 0) for text in top], width, edgecolor="white",
-                  color=evaluate.LOOKS[i]["color"], hatch=("", "//", "..", "xx")[i])
+                  color=looks[i]["color"], hatch=("", "//", "..", "xx")[i])
     right.set(xticks=range(len(top)), xticklabels=top, xlabel="answer", ylabel="share of answers")
     figure.savefig(path, dpi=150)
 

@@ -10,6 +10,7 @@ from math import comb
 
 import pytest
 
+import sample
 from benchmarks import real_model, smollm2
 from lib import cli, run, tasks
 
@@ -30,10 +31,14 @@ def write(folder, phase, arm, rate, seed, texts, steps=real_model.STEPS):
             {"step": step, "reward": seed / 100, "entropy": 1.5, "distinct_correct": 2.0,
              "sample_seconds": 3.0, "learn_seconds": step, "peak_memory_gb": 4.0}
             for step in range(1, steps + 1)])
+    data = folder / "numbers.jsonl"
+    cli.write_rows(data, [{"id": number, "problem": number, "answer": number, "task": "divisor"}
+                          for number in NUMBERS], "w")
     cli.write_rows(path.with_name(path.name + ".jsonl"), [
-        {"id": number, "problem": number, "answer": number, "task": "divisor", "data": "made up",
-         "answers": [{"text": text, "finished": text != "-", "tokens": 2} for text in texts]}
-        for number in NUMBERS])
+        {"id": number, "problem": number, "answer": number, "task": "divisor", "data": str(data), "n": 16,
+         "digest": sample.fingerprint(p),
+         "answers": [{"text": text, "finished": text != "-"} for text in texts]}
+        for number, p in zip(NUMBERS, tasks.load_problems(str(data)))])
 
 
 @pytest.fixture
