@@ -165,21 +165,24 @@ def log_of(folder: Path) -> Path:
 
 
 def result(folder: Path) -> tuple[dict, list[dict], dict] | None:
-    """Its last evaluation, rows of metrics.jsonl, and config; None: it is not done."""
+    """Its last evaluation (with the rewards before training), rows of metrics.jsonl, config.
+
+    None: it is not done.
+    """
     read = lambda name: [row for _, row in cli.read_rows(folder / name, appended=True)]
     if not (folder / "evals.jsonl").exists():
         return None
     evals, config = read("evals.jsonl"), read_config(folder)
     if not evals or evals[-1]["step"] != config["flags"]["steps"]:
         return None
-    return evals[-1], read("metrics.jsonl"), config
+    return {**evals[-1], "before": evals[0]["rewards"]}, read("metrics.jsonl"), config
 
 
 # ---------------------------------------------------------------- the report
 
-def curve_of(label: str, results: list[tuple]) -> Curve:
+def curve_of(label: str, results: list[tuple], when: str = "rewards") -> Curve:
     """The estimates of a setting after training, with the LATE columns, over S seeds."""
-    rewards = torch.tensor([evaluation["rewards"] for evaluation, *_ in results]).double()
+    rewards = torch.tensor([evaluation[when] for evaluation, *_ in results]).double()
     ks = tuple(k for k in EVAL_KS if k <= rewards.shape[-1])  # rewards: (S, M, n)
     values = torch.stack([rspo.max_at_k(rewards, k) for k in ks], -1)  # (S, M, K)
     metric = next(name for name in results[0][1][0] if name.endswith("@k"))[:-2]
@@ -210,12 +213,12 @@ def verdict(label: str, reference: str, ks, mean, half) -> str:
     return f"- {label} against {reference}: {said}."
 
 
-def diagonal(curves: list[Curve]) -> list[str]:
+def diagonal(before: Curve, curves: list[Curve]) -> list[str]:
     """Of an alignment: at each k, the setting trained for it minus every other one."""
-    lines, count = [], len(curves) * (len(curves) - 1)
+    lines, count = [], len(curves) ** 2
     for own in curves:
         k, changes = int(re.findall(r"\d+", own.name)[0]), []
-        for other in curves:
+        for other in (before, *curves):
             if other is not own:
                 ks, mean, half = evaluate.difference(own, other, count)
                 numbers = mean[ks.index(k)].item(), half[ks.index(k)].item()
@@ -236,6 +239,7 @@ def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], o
     order = sorted(results, key=lambda label: label != reference)
     curves = [curve_of(label, [results[label][seed] for seed in sorted(seeds)])
               for label in order]
+    before = curve_of("before", [results[order[0]][seed] for seed in sorted(seeds)], "before")
     draw(name, curves, results, out / f"{name}.png")
     count = (len(curves) - 1) * len(curves[0].ks)
     verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0], count))
@@ -244,7 +248,7 @@ def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], o
             for curve in curves]
     return "\n\n".join([
         *parts, f"```\n{evaluate.table(curves, name, count)}\n```", "\n".join(verdicts),
-        *(diagonal(curves) if name in ("alignment", "graded") else []),
+        *(diagonal(before, curves) if name in ("alignment", "graded") else []),
         f"Each seed by itself, {curves[0].metric}@8:", "\n".join(["```", *each, "```"]),
         f"{len(seeds)} seed(s); {', '.join(LATE.values())}: the last quarter of training. "
         f"`python ablate.py {' '.join(sys.argv[1:])}`"])
