@@ -106,7 +106,7 @@ def test_the_minutes_of_the_sections_are_those_of_the_table_and_of_the_readme(st
     assert [(title[:2], minutes) for title, minutes in headings] == rows and len(rows) == 8
     total = sum(int(minutes) for _, minutes in rows)
     assert f"In {total} minutes" in text
-    assert f"a lesson of {total} minutes" in (ROOT / "README.md").read_text()
+    assert f"{total} minutes in class" in (ROOT / "README.md").read_text()
 
 
 def test_every_file_that_the_lesson_links_exists(stored):
