@@ -2,8 +2,8 @@
 
     python docs/figures.py        writes weight.png, credit.png and steps.png beside this file
 
-A function returns its figure, so walkthrough.ipynb shows the same ones. None touches pyplot or a
-backend: a notebook keeps its own.
+A function returns its figure, so walkthrough.ipynb shows the same ones. None switches the backend:
+a notebook keeps its own.
 
 Shapes: n answers to a prompt, C counts of right ones among them; K values of k, A actions.
 """
