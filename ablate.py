@@ -268,7 +268,7 @@ def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
     if len(curves) <= 6:
         evaluate.draw_curves(left, curves)
     else:
-        draw_seeds(left, curves, 1, looks)
+        draw_seeds(left, curves, 1)
     if name == "entropy":
         for curve, look in zip(curves, looks):
             rows = [[row["entropy"] for row in rows] for _, rows, _ in results[curve.name].values()]
@@ -276,14 +276,14 @@ def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
             right.plot(mean, label=curve.name, **{**look, "marker": None})
         right.set(title="entropy while training (nats per answer)", xlabel="step")
     else:
-        draw_seeds(right, curves, 8, looks)
+        draw_seeds(right, curves, 8)
     figure.savefig(path, dpi=130)
 
 
-def draw_seeds(axes, curves: list[Curve], k: int, looks: list[dict]) -> None:
+def draw_seeds(axes, curves: list[Curve], k: int) -> None:
     """A row per setting, a marker per seed."""
-    for i, (curve, look) in enumerate(zip(curves, looks)):
-        seeds = each_seed(curve, k)
+    for i, curve in enumerate(curves):
+        [look], seeds = evaluate.looks_of([curve.name]), each_seed(curve, k)
         axes.plot(seeds, [-i] * len(seeds), **{**look, "linestyle": "none"})
     axes.set(title=f"each seed by itself: {curves[0].metric}@{k}")
     axes.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])

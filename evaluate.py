@@ -236,8 +236,8 @@ def looks_of(names: list[str]) -> list[dict]:
     """How each curve is drawn: as its method is everywhere, else in a look that is left."""
     looks = {}
     for name in names:
-        k = re.search(r"(?:k = |Max@)(\d+)(?:$|, step)", name)
-        wanted = "group max" if "group max" in name else f"k = {k[1]}" if k else name
+        k = re.search(r"(?:k = |Max@)(\d+)", name)
+        wanted = "group max" if "group" in name else f"k = {k[1]}" if k else name
         if wanted in LOOKS.keys() - looks.values():
             looks[name] = wanted
     left = [look for look in LOOKS if look not in looks.values()] or list(LOOKS)
