@@ -315,7 +315,7 @@ def test_a_method_has_one_look_in_every_figure():
         assert colors["group max k = 8"] == "#000000" and len({*colors.values()}) == 7
         assert len({look["marker"] for look in looks.values()}) == 7
     assert {k: evaluate.LOOKS[f"k = {k}"][0] for k in bandit.COLORS} == bandit.COLORS
-    assert evaluate.looks_of(["k = 8, 5% flipped", "k = 8"])[1]["color"] == bandit.COLORS[8]
+    assert evaluate.looks_of(["k = 8", "k = 8, 5% flipped"])[0]["color"] == bandit.COLORS[8]
 
 
 DRAW = """if True:

@@ -35,8 +35,8 @@ def write(folder, phase, arm, rate, seed, texts, steps=real_model.STEPS):
     cli.write_rows(data, [{"id": number, "problem": number, "answer": number, "task": "divisor"}
                           for number in NUMBERS], "w")
     cli.write_rows(path.with_name(path.name + ".jsonl"), [
-        {"id": number, "problem": number, "answer": number, "task": "divisor", "data": str(data), "n": 16,
-         "digest": sample.fingerprint(p),
+        {"id": number, "problem": number, "answer": number, "task": "divisor", "data": str(data),
+         "n": 16, "digest": sample.fingerprint(p),
          "answers": [{"text": text, "finished": text != "-"} for text in texts]}
         for number, p in zip(NUMBERS, tasks.load_problems(str(data)))])
 
