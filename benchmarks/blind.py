@@ -2,6 +2,7 @@
 
     python benchmarks/blind.py            pass@k of the best bets for each k
     python benchmarks/blind.py --graded   max@k, with the rewards of divisor-graded
+    python benchmarks/blind.py --limit 400   judged on the held-out numbers of ablate.py
 
 Such a player draws divisors from one distribution, whatever the number is: each number
 is a hidden type of the bandit, each divisor an action. The bets are chosen on numbers
@@ -32,9 +33,10 @@ def world(data: str, limit: int, graded: bool) -> bandit.Bandit:
     return bandit.Bandit(chance, torch.tensor(rewards).double())  # (M, A)
 
 
-def best_bets(graded: bool = False, numbers: int = 1000) -> dict[int, tuple]:
+def best_bets(graded: bool = False, numbers: int = 1000, limit: int = 1000) -> dict[int, tuple]:
     """k -> (the chance of each action (A,), exact Max@j on held-out numbers for j in KS)."""
-    chosen, judged = (world(f"divisor:{part}", numbers, graded) for part in ("train", "test"))
+    chosen = world("divisor:train", numbers, graded)
+    judged = world("divisor:test", limit, graded)
     found = {}
     for k in KS:
         logits = bandit.train(chosen, k, torch.zeros(len(ACTIONS)).double(), steps=STEPS, lr=LR)
@@ -43,10 +45,13 @@ def best_bets(graded: bool = False, numbers: int = 1000) -> dict[int, tuple]:
 
 
 def main() -> None:
-    args = cli.parse(__doc__, {"graded": cli.Setting("rewards of divisor-graded", False)})
+    settings = {"graded": cli.Setting("rewards of divisor-graded", False),
+                "limit": cli.Setting("held-out numbers", 1000)}
+    args = cli.parse(__doc__, settings)
+    cli.settle(args, settings, False, {})
     metric = "max" if args.graded else "pass"
     print("bets for |" + "".join(f"  {metric}@{k:<4d}" for k in KS) + "   how often it says what")
-    for k, (chances, levels) in best_bets(bool(args.graded)).items():
+    for k, (chances, levels) in best_bets(args.graded, limit=args.limit).items():
         most = chances.argsort(descending=True)[:6].tolist()
         bets = "  ".join(f"{ACTIONS[i]}: {chances[i]:.0%}" for i in most if chances[i] > .005)
         print(f"  k = {k:<2d} |" + "".join(f"{level:8.3f} " for level in levels) + f"  {bets}")

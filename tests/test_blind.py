@@ -33,7 +33,7 @@ def test_the_best_bets_are_those_known_by_hand(monkeypatch):
     monkeypatch.setattr(blind, "STEPS", 200)
     numbers = [int(p.answer) for p in tasks.load_problems("divisor:train", 150)]
     judged = [int(p.answer) for p in tasks.load_problems("divisor:test", 150)]
-    found = blind.best_bets(numbers=150)
+    found = blind.best_bets(numbers=150, limit=150)
     share = lambda d, among: sum(number % d == 0 for number in among) / len(among)
     best = max(blind.ACTIONS, key=lambda d: share(d, numbers))
     chances, curve = found[1]
