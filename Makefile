@@ -3,6 +3,8 @@
 # make exercises           say how far exercises/exercises.py is filled in, and what comes next
 # make test-vllm           set up .venv-vllm (a CPU build of vLLM; Linux), run its tests
 # make test-integrations   set up .venv-verl and .venv-trl, run their tests (about four minutes)
+# make gpu-check           on a CUDA GPU: does everything hold, and how fast? (ten minutes)
+# make test-gpu            the tests that need a CUDA GPU
 # make clean               remove the environments (runs/ stays)
 
 PYTHON ?= python3
@@ -26,6 +28,12 @@ test-vllm: .venv-vllm/ready
 test-integrations: .venv-verl/ready .venv-trl/ready
 	.venv-verl/bin/python -m pytest -q -W ignore tests/test_verl.py
 	.venv-trl/bin/python -m pytest -q -W ignore tests/test_trl.py
+
+gpu-check: .venv/ready
+	.venv/bin/python benchmarks/gpu_check.py
+
+test-gpu: .venv/ready
+	.venv/bin/python -m pytest -q -rs -m gpu tests/test_gpu.py
 
 .venv/ready: $(REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(\
@@ -60,4 +68,4 @@ test-integrations: .venv-verl/ready .venv-trl/ready
 clean:
 	rm -rf .venv .venv-vllm .venv-verl .venv-trl
 
-.PHONY: demo test exercises test-vllm test-integrations clean
+.PHONY: demo test exercises test-vllm test-integrations gpu-check test-gpu clean

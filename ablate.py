@@ -49,7 +49,7 @@ EXPERIMENTS = {
     "noise": ("A share of the training rewards is flipped.", "k = 8", {
         f"{label}{f', {flip:.0%} flipped' if flip else ''}": {**flags, "flip": flip}
         for label, flags in (BEST8 | {"k = 1": {"k": 1}} | MAX8).items()
-        for flip in (0, 0.05, 0.1, 0.2)}),
+        for flip in (0, 0.1, 0.2)}),
     "samples": ("n answers per prompt, at equal steps and equal samples.", "k = 8", {
         **BEST8, **{f"n = {n}, equal steps": {"k": 8, "n": n} for n in (8, 16, 64)},
         **{f"n = {n}, equal samples": {"k": 8, "n": n, "prompts": 512 // n}
@@ -95,6 +95,7 @@ import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -164,21 +165,24 @@ def log_of(folder: Path) -> Path:
 
 
 def result(folder: Path) -> tuple[dict, list[dict], dict] | None:
-    """Its last evaluation, rows of metrics.jsonl, and config; None: it is not done."""
+    """Its last evaluation (with the rewards before training), rows of metrics.jsonl, config.
+
+    None: it is not done.
+    """
     read = lambda name: [row for _, row in cli.read_rows(folder / name, appended=True)]
     if not (folder / "evals.jsonl").exists():
         return None
     evals, config = read("evals.jsonl"), read_config(folder)
     if not evals or evals[-1]["step"] != config["flags"]["steps"]:
         return None
-    return evals[-1], read("metrics.jsonl"), config
+    return {**evals[-1], "before": evals[0]["rewards"]}, read("metrics.jsonl"), config
 
 
 # ---------------------------------------------------------------- the report
 
-def curve_of(label: str, results: list[tuple]) -> Curve:
+def curve_of(label: str, results: list[tuple], when: str = "rewards") -> Curve:
     """The estimates of a setting after training, with the LATE columns, over S seeds."""
-    rewards = torch.tensor([evaluation["rewards"] for evaluation, *_ in results]).double()
+    rewards = torch.tensor([evaluation[when] for evaluation, *_ in results]).double()
     ks = tuple(k for k in EVAL_KS if k <= rewards.shape[-1])  # rewards: (S, M, n)
     values = torch.stack([rspo.max_at_k(rewards, k) for k in ks], -1)  # (S, M, K)
     metric = next(name for name in results[0][1][0] if name.endswith("@k"))[:-2]
@@ -209,6 +213,20 @@ def verdict(label: str, reference: str, ks, mean, half) -> str:
     return f"- {label} against {reference}: {said}."
 
 
+def diagonal(before: Curve, curves: list[Curve]) -> list[str]:
+    """Of an alignment: at each k, the setting trained for it minus every other one."""
+    lines, count = [], len(curves) ** 2
+    for own in curves:
+        k, changes = int(re.findall(r"\d+", own.name)[0]), []
+        for other in (before, *curves):
+            if other is not own:
+                ks, mean, half = evaluate.difference(own, other, count)
+                numbers = mean[ks.index(k)].item(), half[ks.index(k)].item()
+                changes.append("{}: {:+.3f}+-{:.3f}".format(other.name, *numbers))
+        lines.append(f"- @{k}: {own.name} minus {', minus '.join(changes)}")
+    return [f"The diagonal (all {count} intervals hold at once with 95 %):", "\n".join(lines)]
+
+
 def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], out: Path) -> str:
     """Levels, paired differences and verdicts of an experiment; a figure."""
     question, reference, _ = EXPERIMENTS[name]
@@ -221,44 +239,55 @@ def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], o
     order = sorted(results, key=lambda label: label != reference)
     curves = [curve_of(label, [results[label][seed] for seed in sorted(seeds)])
               for label in order]
+    before = curve_of("before", [results[order[0]][seed] for seed in sorted(seeds)], "before")
     draw(name, curves, results, out / f"{name}.png")
     count = (len(curves) - 1) * len(curves[0].ks)
     verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0], count))
                 for curve in curves[1:]]
-    each = [f"{curve.name:28s}" + " ".join(f"{mean:.3f}" for mean in last_k(curve))
+    each = [f"{curve.name:28s}" + " ".join(f"{mean:.3f}" for mean in each_seed(curve, 8))
             for curve in curves]
     return "\n\n".join([
         *parts, f"```\n{evaluate.table(curves, name, count)}\n```", "\n".join(verdicts),
-        f"Each seed by itself, at k = {curves[0].ks[-1]}:",
-        "\n".join(["```", *each, "```"]),
+        *(diagonal(before, curves) if name in ("alignment", "graded") else []),
+        f"Each seed by itself, {curves[0].metric}@8:", "\n".join(["```", *each, "```"]),
         f"{len(seeds)} seed(s); {', '.join(LATE.values())}: the last quarter of training. "
         f"`python ablate.py {' '.join(sys.argv[1:])}`"])
 
 
-def last_k(curve: Curve) -> list[float]:
-    """Mean estimate of each seed at the largest k."""
-    return curve.values[..., -1].mean(-1).tolist()  # (S,)
+def each_seed(curve: Curve, k: int) -> list[float]:
+    """Mean estimate of each seed at k, or at the largest one below."""
+    at = sum(each <= k for each in curve.ks) - 1
+    return curve.values[..., at].mean(-1).tolist()  # (S,)
 
 
 def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
-    """Left: the curves. Right: each seed; of `entropy`, its course over training."""
+    """The curves, where they are few, and each seed; of `entropy`, its course over training."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    evaluate.draw_curves(left, curves)
-    for i, look in enumerate(evaluate.looks_of([curve.name for curve in curves])):
-        curve = curves[i]
-        if name == "entropy":
+    looks = evaluate.looks_of([curve.name for curve in curves])
+    if len(curves) <= 6:
+        evaluate.draw_curves(left, curves)
+    else:
+        draw_seeds(left, curves, 1, looks)
+    if name == "entropy":
+        for curve, look in zip(curves, looks):
             rows = [[row["entropy"] for row in rows] for _, rows, _ in results[curve.name].values()]
             mean = evaluate.running_mean(torch.tensor(rows).mean(0).tolist())
             right.plot(mean, label=curve.name, **{**look, "marker": None})
-        else:
-            right.plot(last_k(curve), [-i] * len(curve.values), **{**look, "linestyle": "none"})
-    if name == "entropy":
         right.set(title="entropy while training (nats per answer)", xlabel="step")
     else:
-        right.set(title="each seed by itself", xlabel=f"{curves[0].metric}@{curves[0].ks[-1]}")
-        right.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])
+        draw_seeds(right, curves, 8, looks)
     figure.savefig(path, dpi=130)
+
+
+def draw_seeds(axes, curves: list[Curve], k: int, looks: list[dict]) -> None:
+    """A row per setting, a marker per seed."""
+    for i, (curve, look) in enumerate(zip(curves, looks)):
+        seeds = each_seed(curve, k)
+        axes.plot(seeds, [-i] * len(seeds), **{**look, "linestyle": "none"})
+    axes.set(title=f"each seed by itself: {curves[0].metric}@{k}")
+    axes.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])
+    axes.grid(alpha=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:

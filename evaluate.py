@@ -7,8 +7,9 @@
 
 Each estimate is unbiased (Chen et al. 2021). The interval asks: would it hold
 for other problems like these (and other seeds)? All models are sampled alike and
-compared problem by problem. Beside the figure stand its numbers (.csv) and, in a
-folder, the samples: the same command goes on where it was stopped.
+compared problem by problem. Beside the figure stand its numbers (.csv), answers to
+read (.html) and, in a folder, the samples: the same command goes on where it was
+stopped.
 
 Shapes: S seeds, M problems, n samples of each, K evaluated ks.
 """
@@ -43,7 +44,7 @@ from torch import Tensor
 
 import rspo
 import sample
-from lib import policy, run, tasks
+from lib import page, policy, run, tasks
 from lib.cli import UserError
 from lib.tasks import Problem
 
@@ -64,6 +65,7 @@ class Curve:
     problems: tuple[str, ...]  # the M problem ids
     more: dict[str, Tensor] = field(default_factory=dict)  # columns, (M,) or (S,)
     failures: int = 0  # answers that the grader lost: they count as wrong
+    rows: tuple = ()  # the answers themselves, as in samples.jsonl
 
 
 class Answer(NamedTuple):
@@ -415,7 +417,8 @@ def curve_of(samples: Samples, name: str, ks: tuple[int, ...] | None) -> Curve:
               "and count as wrong")
     cut = [fmean(not each.finished for each in group) for group in groups]  # (M,)
     return replace(make_curve(name, problems, rewards, ks),
-                   more={"cut off": torch.tensor(cut).double()}, failures=failures)
+                   more={"cut off": torch.tensor(cut).double()}, failures=failures,
+                   rows=tuple(page.rows_of(problems, groups, rewards)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -434,7 +437,9 @@ def main(argv: list[str] | None = None) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(f"figure: {args.out}; its numbers: {args.out.with_suffix('.csv')}")
+    k = run.flags_of(args.model[-1]).get("k", cli.SETTINGS["k"].default)
+    page.write(args.out.with_suffix(".html"), data, k, [(each.name, each.rows) for each in curves])
+    print(f"figure: {args.out}; beside it its numbers (.csv) and answers to read (.html)")
 
 
 if __name__ == "__main__":

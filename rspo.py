@@ -15,6 +15,7 @@ mean over all choices of k - 1 of the other n - 1 samples, in closed form.
 
 Gradient convention: (1/n) sum_i W_i grad log pi(y_i), mean over prompts. Never
 normalise W: centred and divided by its deviation it is GRPO's, whatever k (0/1).
+AdamW and clipping take the scale of a step's gradient away, not its direction.
 The family, before anyone's division by a deviation, with W_k RSPO's W at k:
 
     PKPO 2505.15201              loo-minus-one = W_k / n, k >= 2

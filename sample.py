@@ -41,6 +41,11 @@ from lib.cli import UserError
 
 CACHE_TOKENS = 2**18  # tokens that HFSampler holds at a time
 NOT_FINITE = "the policy's probabilities are NaN or infinite"
+REMEDIES = {  # what vLLM's error speaks of
+    "ompiler": "install gcc and Python's headers (build-essential, python3-dev)",
+    "gcc": "install Python's headers (python3-dev)",
+    "No space left": "make room there or set TMPDIR to another folder",
+    "emory": "lower --gpu-memory or --max-new-tokens, end what else is on the GPU (nvidia-smi)"}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can serve
 
 
@@ -76,7 +81,9 @@ class HFSampler:
             tokens = len(prompts[waiting[0]]) + self.max_new_tokens
             batch = waiting[:max(1, CACHE_TOKENS // tokens)]
             waiting = waiting[len(batch):]
-            for i, rollout in zip(batch, self._decode(prompts, batch, randomness)):
+            with policy.precision(self.model):  # as the learner computes
+                answers = self._decode(prompts, batch, randomness)
+            for i, rollout in zip(batch, answers):
                 groups[i].append(rollout)
         return groups
 
@@ -159,6 +166,7 @@ class VLLMSampler:
             place = dict(kv_cache_memory_bytes=2**30, enforce_eager=True,
                          enable_chunked_prefill=False,
                          max_num_batched_tokens=max(4096, context))
+        print("starting vLLM: the first time this takes minutes")
         try:
             from vllm import LLM
             self.engine = LLM(
@@ -166,11 +174,12 @@ class VLLMSampler:
                 enable_lora=True, max_loras=1,
                 max_lora_rank=min(each for each in LORA_RANKS if each >= rank),
                 logprobs_mode="processed_logprobs", generation_config="vllm", **place)
-        except (ImportError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a dozen kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            known = (text for word, text in REMEDIES.items() if word in str(error))
             raise UserError(
                 f"vLLM could not start on {base} with {context} tokens of context "
-                f"({str(error).splitlines()[0]}); lower --gpu-memory or "
-                "--max-new-tokens, or take --sampler hf") from error
+                f"({reason}); {next(known, 'reinstall it')}, or take --sampler hf") from error
         self.tokenizer, self.stops, self.folder = tokenizer, stops, folder
         self.adapter = None
         self.settings = dict(
@@ -233,14 +242,17 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted(stops - {None})
 
 
-def pick_sampler(wanted: str) -> str:
-    """"vllm" or "hf". UserError where vLLM is asked for and missing."""
+def pick_sampler(wanted: str, dtype: str) -> str:
+    """"vllm" or "hf". UserError where vLLM is asked for and cannot be had."""
     installed = importlib.util.find_spec("vllm") is not None
+    on_gpu = wanted != "hf" and policy.pick_device() == "cuda"
+    if on_gpu and dtype == "float32" and wanted == "vllm":
+        cli.fail("--dtype float32: on a GPU vLLM's adapters have 16 bits; take --sampler hf")
     if wanted == "vllm" and not installed:
         cli.fail("--sampler vllm: vLLM is not installed (requirements.txt); take hf")
-    if wanted == "auto" and torch.cuda.is_available() and installed:
-        return "vllm"
-    if wanted == "auto" and torch.cuda.is_available():
+    if wanted == "auto" and on_gpu and installed:
+        return "hf" if dtype == "float32" else "vllm"
+    if wanted == "auto" and on_gpu:
         print("vLLM is not installed: sampling in plain PyTorch, which is slower")
     return wanted.replace("auto", "hf")
 
@@ -264,10 +276,11 @@ def make_sampler(args, model, tokenizer, problems: list, folder: Path, gpu_memor
 
 def open_sampler(args, problems: list):
     """A sampler of args.model as on disk; the problems with prompt_ids."""
-    aside = "cpu" if args.sampler == "vllm" else None  # only to be read
+    base, adapter = run.resolve_model(args.model)
+    read = args.sampler == "vllm"  # and nothing more
     model, tokenizer = policy.load_model(
-        *run.resolve_model(args.model), args.dtype, aside,
-        load_in_4bit=args.load_in_4bit and not aside)
+        base, adapter, args.dtype, "cpu" if read or cli.is_toy(base) else None,
+        load_in_4bit=args.load_in_4bit and not read)
     problems = tasks.encode(problems, tokenizer, model.config, args.max_new_tokens)
     folder = tempfile.TemporaryDirectory(prefix="rspo-adapter-")
     sampler = make_sampler(args, model, tokenizer, problems, Path(folder.name), 0.9)
@@ -303,7 +316,7 @@ def settle(args) -> None:
     own = run.flags_of(args.model)
     data = own.get("eval_data", "divisor:test" if toy else "math500")
     cli.settle(args, SETTINGS, toy, {**own, "n": 64, "data": data})
-    args.sampler = pick_sampler(args.sampler)
+    args.sampler = pick_sampler(args.sampler, args.dtype)
     args.dtype = policy.pick_dtype(args.dtype)
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import evaluate
 import rspo
 import sample
-from lib import policy, tasks
+from lib import page, policy, tasks
 from lib.cli import flag
 from lib.run import RUN_FLAGS, Run, flags_of, read_adapter, read_config, resolve_model
 
@@ -90,11 +90,11 @@ def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
     rewards, failures = grade(held_out, groups)  # (M, n)
     if failures:
         tqdm.write(f"step {run.step}: {failures} held-out answers were not graded: they earn 0")
-    few = list(zip(held_out, groups, rewards.tolist()))[::-(-len(groups) // 8)]
+    few = slice(None, None, -(-len(groups) // 8))
+    answers = [group[:64] for group in groups[few]]
     run.write("samples.jsonl", [
-        {"step": run.step, "id": p.id, "task": p.task, "problem": p.question, "answer": p.answer,
-         "answers": [{"text": r.text, "finished": r.finished, "reward": reward}
-                     for r, reward in zip(group[:4], values)]} for p, group, values in few])
+        {"step": run.step, **row}
+        for row in page.rows_of(held_out[few], answers, rewards[few].tolist())])
     run.write("evals.jsonl", [{"step": run.step, "ids": [p.id for p in held_out],
                                "rewards": rewards.tolist(), "grader_failures": failures}])
 
@@ -207,21 +207,22 @@ def report_step(args, run: Run, row: dict) -> None:
     tqdm.write(line)
 
 
-def report_run(run: Run, held_out: list) -> None:
-    """Table and figures, before against after, and a few answers to read."""
+def report_run(run: Run, held_out: list, k: str) -> None:
+    """Table, figures and a page of answers, before against after."""
     first, *_, last = run.read("evals.jsonl")
     ks = tuple(k for k in evaluate.powers_of_two(len(first["rewards"][0])) if k <= 32)
     known = {p.id: p for p in held_out}
+    sides = {"before": first, f"after {last['step']} steps": last}
     curves = [evaluate.make_curve(name, [known[i] for i in row["ids"]], row["rewards"], ks)
-              for name, row in (("before", first), (f"after {last['step']} steps", last))]
-    print(f"\n{evaluate.table(curves)}\n\na few answers after training (reward)")
-    for row in run.read("samples.jsonl"):
-        if row["step"] == last["step"]:
-            answers = [f"{a['text'][-200:]} ({a['reward']:g})" for a in row["answers"]]
-            print(f"  {row['problem'][:200]}  ->  {'   '.join(answers)}")
+              for name, row in sides.items()]
+    samples = [(name, [each for each in run.read("samples.jsonl") if each["step"] == row["step"]])
+               for name, row in sides.items()]
+    print(f"\n{evaluate.table(curves)}")
     evaluate.plot(curves, run.folder / "curves.png", run.folder.name)
     evaluate.plot_history(run.read("metrics.jsonl"), run.folder / "history.png")
-    print(f"\nfigures: {run.folder}/*.png; next: python evaluate.py --model {run.folder}")
+    page.write(run.folder / "samples.html", run.folder.name, k, samples)
+    print(f"\nfigures: {run.folder}/*.png; answers to read: {run.folder}/samples.html; next: "
+          f"python evaluate.py --model {run.folder}")
 
 
 # ---------------------------------------------------------------- the script
@@ -249,7 +250,7 @@ def settle(argv: list[str] | None):
                 cli.fail(f"{flag(name)} is {getattr(args, name)}, but the adapter of "
                          f"{args.model} has {value}")
     cli.settle(args, cli.SETTINGS, cli.is_toy(base), own)
-    args.sampler = sample.pick_sampler(args.sampler)
+    args.sampler = sample.pick_sampler(args.sampler, args.dtype)
     name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
     args.run = args.run or Path("runs") / name.replace(":", "to").replace(",", "_")
     if args.run.exists() or ".." in args.run.parts:
@@ -310,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    asked = [tasks.encode(each, tokenizer, model.config, args.max_new_tokens)
+    asked = [tasks.encode(each, tokenizer, model.config, args.max_new_tokens, each is held_out)
              for each in (problems, held_out)]
     sampler = sample.make_sampler(args, model, tokenizer, sum(asked, []),
                                   (args.resume or args.run) / ".adapter", args.gpu_memory)
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
                              cap=2.0 if args.sampler == "vllm" else 0.0)
     with run.guarded(learner, sum(asked, [])):
         train(args, run, learner, sampler, *asked)
-    report_run(run, held_out)
+    report_run(run, held_out, args.k)
 
 
 if __name__ == "__main__":

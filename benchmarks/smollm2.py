@@ -9,6 +9,7 @@ of the toy, find a divisor. Each problem brings its own prompt with three exampl
 """
 
 import importlib.util
+import json
 import random
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def main() -> None:
     out = Path("runs/smollm2")
     out.mkdir(parents=True, exist_ok=True)
     make_model(out)
+    config = json.loads((out / "config.json").read_text())
+    config["attn_implementation"] = "eager"  # on a CPU faster to learn with in bfloat16
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     cli.write_rows(Path("runs/divisors.jsonl"), list(divisors()), "w")
     print(f"wrote {out} and runs/divisors.jsonl")
 

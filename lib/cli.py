@@ -134,8 +134,12 @@ def run_script(main) -> None:
     """Run main; what the user can put right ends in one sentence."""
     try:
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except Exception as error:
+        full = any(sign in str(error) for sign in ("No space left", "No usable temporary"))
+        if not isinstance(error, UserError | OSError) and not full:
+            raise
+        hint = "; make room there or set TMPDIR to another folder"
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}" + hint * (full and type(error) != UserError))
     except KeyboardInterrupt:
         print("\nstopped; nothing that was finished is lost", file=sys.stderr)
         sys.exit(130)

@@ -8,6 +8,9 @@ Shapes: B rollouts of at most L tokens, N completion tokens, D hidden, V vocabul
 """
 
 import hashlib
+import os
+import shutil
+import subprocess
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
@@ -49,6 +52,12 @@ class BrokenPolicy(BadNumbers):
 def pick_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and shutil.which("nvidia-smi") and not subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True).returncode:
+        raise UserError(
+            f"nvidia-smi sees a GPU that torch {torch.__version__} cannot use: it needs driver 580 "
+            "or newer and requirements.txt (or CUDA_VISIBLE_DEVICES= to stay on the CPU)")
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -63,6 +72,9 @@ def loading(base: str):
     """What the libraries raise for a missing or broken model, in a sentence."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"no room for {base} on the GPU: end what else is on it "
+                        "(nvidia-smi lists it), or take --load-in-4bit") from error
     except Exception as error:  # a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = "folder" if Path(base).is_dir() else "hub model"
@@ -97,6 +109,7 @@ def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None
             output_loading_info=True, **how, **quantised)
         if info["missing_keys"]:  # they were filled with random numbers
             raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+        model = model if load_in_4bit else model.to(device)
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -104,7 +117,7 @@ def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None
     if adapter is not None:
         with loading(str(adapter)):
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
-    return (model if load_in_4bit else model.to(device)).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def write_dequantised(base: str, dtype: str, folder: str) -> None:
@@ -143,6 +156,11 @@ def fingerprint(model) -> str:
 
 # ------------------------------------------------------------ log-probabilities
 
+def precision(model):
+    """Around a forward pass: a float32 adapter computes in 16 bits where its base does."""
+    return torch.autocast(model.device.type, torch.bfloat16, model.dtype == torch.bfloat16)
+
+
 def token_logprobs(model, rollouts: list, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each completion token, and its row: (N,) fp32, (N,) int.
 
@@ -157,8 +175,9 @@ def token_logprobs(model, rollouts: list, temperature: float) -> tuple[Tensor, T
     ids, target = ids.to(model.device), target.to(model.device)
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone, head = causal.base_model, causal.get_output_embeddings()
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, D)
-    hidden = hidden[:, :-1][target[:, 1:]]  # (N, D)  position t predicts t + 1
+    with precision(causal):
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, D)
+    hidden = hidden.to(causal.dtype)[:, :-1][target[:, 1:]]  # (N, D)  position t predicts t + 1
     tokens, rows = ids[target], target.nonzero()[:, 0]  # (N,), (N,)
 
     def chosen(hidden: Tensor, tokens: Tensor) -> Tensor:

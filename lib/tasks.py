@@ -200,9 +200,13 @@ def render(problem: Problem, tokenizer) -> str:
     return chat(problem.question if asked else f"{problem.question}\n{INSTRUCTION}")
 
 
-def encode(problems: list[Problem], tokenizer, config, max_new_tokens: int) -> list[Problem]:
-    """The problems with their prompt_ids. UserError if the model cannot read one."""
+def encode(problems: list[Problem], tokenizer, config, max_new_tokens: int, all_of_them=True):
+    """The problems with their prompt_ids. UserError if the model cannot read one.
+
+    all_of_them: else those too long for the model are left out, unless none remains.
+    """
     context, encoded = getattr(config, "max_position_embeddings", None) or 10**9, []
+    too_long = []
     for problem in problems:
         text, where = render(problem, tokenizer), f"problem {problem.id}"
         # A chat template writes its own special tokens; a plain prompt gets the tokenizer's.
@@ -213,9 +217,14 @@ def encode(problems: list[Problem], tokenizer, config, max_new_tokens: int) -> l
             raise UserError(f"{where}: the toy knows one game only, to divide a number such as "
                             "19307: leave --data out")
         if len(ids) + max_new_tokens > context:
-            raise UserError(f"{where}: prompt of {len(ids)} tokens + --max-new-tokens "
+            too_long.append(f"{where}: prompt of {len(ids)} tokens + --max-new-tokens "
                             f"{max_new_tokens} exceed the model's context of {context} tokens")
-        encoded.append(replace(problem, prompt_ids=tuple(ids)))
+        else:
+            encoded.append(replace(problem, prompt_ids=tuple(ids)))
+    if too_long and (all_of_them or not encoded):
+        raise UserError(too_long[0])
+    if too_long:
+        print(f"left out {len(too_long)} training problems: {too_long[0]}")
     return encoded
 
 

@@ -108,13 +108,14 @@ def made_up(gains, seeds=(1, 2, 3), M=30, n=16):
     ids, chance = [f"p{i}" for i in range(M)], 0.2 + 0.4 * torch.rand(M, 1)
     row = {"pass@k": 0.5, "reward": 0.2, "distinct_correct": 1.0, "zero_weight_prompts": 0.0}
     return {label: {seed: (
-        {"ids": ids, "rewards": (torch.rand(M, n) < chance + gain).double().tolist()},
+        {"ids": ids, "rewards": (torch.rand(M, n) < chance + gain).double().tolist(),
+         "before": (torch.rand(M, n) < 0.2).double().tolist()},
         [{**row, "entropy": 1.0 + i} for i in range(8)], {"git_commit": "one"})
         for seed in seeds} for label, gain in gains.items()}
 
 
-def estimates(results, label):
-    rewards = torch.tensor([found["rewards"] for found, *_ in results[label].values()])
+def estimates(results, label, when="rewards"):
+    rewards = torch.tensor([found[when] for found, *_ in results[label].values()])
     return torch.stack([rspo.pass_at_k(rewards, k) for k in KS], -1)  # (S, M, K)
 
 
@@ -149,6 +150,21 @@ def test_verdicts_and_stars_agree_with_the_intervals(tmp_path):
     assert words == {"not separated", "better", "worse"}
     assert "- nothing failed" in text and "Is the k trained for the best at itself?" in text
     assert (tmp_path / "alignment.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_diagonal_compares_the_k_trained_for_with_every_other_one(tmp_path):
+    results = made_up({f"k = {k}": 0.02 * k for k in KS})
+    text = ablate.report("alignment", results, [], tmp_path)
+    lines = re.findall(r"^- @(\d+): k = (\d+) minus (.*)$", text, flags=re.M)
+    assert [(int(k), int(own)) for k, own, _ in lines] == [(k, k) for k in KS]
+    for k, own, rest in lines:
+        found = re.findall(r"(before|k = \d+): (\S+?)\+-([.\d]+)", rest)
+        assert len(found) == 5
+        for other, mean, half in found:
+            old = ("k = 1", "before") if other == "before" else (other,)
+            change = estimates(results, f"k = {own}") - estimates(results, *old)
+            expected = [x[KS.index(int(k))].item() for x in evaluate.interval(change, 25)]
+            assert [float(mean), float(half)] == pytest.approx(expected, abs=6e-4)
 
 
 def test_a_verdict_is_what_its_interval_says():
@@ -195,7 +211,8 @@ def test_a_cell_is_done_when_its_last_evaluation_is_there(tmp_path):
         file.write(json.dumps(last))  # without its line end: it is being written
     assert ablate.result(folder) is None
     cli.write_rows(folder / "evals.jsonl", [{**last, "step": 0}, last], "w")
-    assert ablate.result(folder) == (last, [{"step": 1}, {"step": 2}], run.read_config(folder))
+    assert ablate.result(folder) == (
+        {**last, "before": last["rewards"]}, [{"step": 1}, {"step": 2}], run.read_config(folder))
 
 
 def test_what_is_reported_is_not_what_chose_the_settings():

@@ -12,7 +12,6 @@
 RSPO_KILLS=30 python -m pytest tests/test_faults.py -k killed    the long version (here 4 kills)
 """
 
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -32,7 +31,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from conftest import ROOT
+from conftest import ROOT, has_cpu_vllm
 from safetensors.torch import load_file, save_file
 from test_policy import save_model
 from test_train import UNBROKEN, go, on_batch, quick, rows, state, tiny  # noqa: F401
@@ -308,7 +307,7 @@ def kill_until_done(begin, changed, rng, most):
         assert process.exitcode == -signal.SIGKILL
 
 
-no_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM")
+no_vllm = pytest.mark.skipif(not has_cpu_vllm(), reason="no CPU build of vLLM")
 
 
 @pytest.mark.parametrize("sampler", ["hf", pytest.param("vllm", marks=no_vllm)])

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from lib import cli
 
-LIBRARY = {"lib.cli", "lib.marker", "lib.tasks", "lib.policy", "lib.run"}
+LIBRARY = {"lib.cli", "lib.marker", "lib.tasks", "lib.policy", "lib.run", "lib.page"}
 MAY_IMPORT = {
     "rspo": set(),
     "minimal": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "lib.tasks": {"lib.cli", "lib.marker"},
     "lib.policy": {"rspo", "lib.cli"},
     "lib.run": {"lib.cli", "lib.policy"},
+    "lib.page": {"rspo", "lib.tasks"},
     "sample": LIBRARY | {"rspo"},
     "evaluate": LIBRARY | {"rspo", "sample"},
     "train": LIBRARY | {"rspo", "sample", "evaluate"},

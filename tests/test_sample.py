@@ -217,7 +217,7 @@ def test_no_two_samples_share_a_random_stream(monkeypatch, tmp_path, kind):
     monkeypatch.setitem(sys.modules, "vllm.lora", fake)
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(
         LoRARequest=lambda name, number, path: SimpleNamespace(lora_int_id=number)))
-    monkeypatch.setattr(sample, "pick_sampler", lambda _: kind)
+    monkeypatch.setattr(sample, "pick_sampler", lambda *_: kind)
     monkeypatch.setattr(HFSampler, "block", 3)
     monkeypatch.setattr(sample.VLLMSampler, "block", 3)
 

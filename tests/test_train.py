@@ -265,8 +265,8 @@ def test_there_must_be_something_to_resume(folder):
 
 def test_a_run_leaves_what_it_promises(tiny):
     assert {path.name for path in tiny.iterdir()} == {
-        "config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "curves.png",
-        "history.png", "step_000001", "step_000002", "step_000003"}
+        "config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "samples.html",
+        "curves.png", "history.png", "step_000001", "step_000002", "step_000003"}
     config = run.read_config(tiny)
     assert {"torch", "transformers", "peft"} <= config["versions"].keys()
     assert (config["flags"]["lr"], config["flags"]["n"]) == (1e-3, 8)
@@ -431,7 +431,7 @@ def test_the_report_takes_each_evaluations_own_problems(monkeypatch, tiny, capsy
     turned = first | {"step": 3, "ids": first["ids"][::-1], "rewards": first["rewards"][::-1]}
     records = {"evals.jsonl": [first, turned]}
     fake = SimpleNamespace(read=lambda name: records.get(name, []), folder=tiny)
-    train.report_run(fake, tasks.load_problems("divisor:test", 4))
+    train.report_run(fake, tasks.load_problems("divisor:test", 4), "2")
     [line] = [each for each in capsys.readouterr().out.splitlines() if "minus before" in each]
     assert not re.search("[1-9]", line.removeprefix("  minus before (4 problems)")), line
 

@@ -25,11 +25,12 @@ import torch
 import evaluate
 import sample
 import train
-from conftest import ROOT
+from conftest import ROOT, has_cpu_vllm
 from lib import cli, policy, run, tasks
 from lib.cli import UserError
 
-pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm has it")
+if not has_cpu_vllm():
+    pytest.skip("no CPU build of vLLM here; make test-vllm has it", allow_module_level=True)
 
 TOY = str(run.TOY)
 NUMBERS_TO_DIVIDE = ["30003:", "19307:", "36291:", "61369:"]
