@@ -3,7 +3,7 @@
     make test-integrations                             makes .venv-trl, TRL's own environment
     export OMP_NUM_THREADS=1
     .venv/bin/python benchmarks/against_trl.py         the toy
-    .venv/bin/python benchmarks/against_trl.py --model runs/smollm2 --data runs/sums.jsonl \\
+    .venv/bin/python benchmarks/against_trl.py --model runs/smollm2 --data runs/divisors.jsonl \\
         --prompts 4 --max-new-tokens 64                after benchmarks/smollm2.py
 
 Same model, prompts, n, lengths, LoRA, AdamW, micro-batch, number format and threads, in turn, A B A
@@ -13,6 +13,10 @@ two are compared. Whole step: sample, grade, learn and sync with rewards drawn a
 right, in place of the grader's verdict, which is timed all the same). TRL runs
 integrations/trl_rspo.py. Medians without each process's first step; peak memory is what a process
 held at most beyond what it held before loading the model. Writes --out as JSON.
+
+With --mean-length M instead sampling alone: every M-th token of the vocabulary ends an answer, so
+that lengths differ as those of real answers do. Seconds are per 1,000 tokens; the matrix speed is
+two operations per parameter and token, over those of a large matrix product in the same process.
 """
 
 import argparse
@@ -149,10 +153,41 @@ def step_ours(work: dict) -> dict:
             "tokens": statistics.mean(row["completion_tokens"] for row in rows)}
 
 
+def timed_sampling(work: dict, model, generate) -> dict:
+    """Of generate(round), which returns the tokens of each answer."""
+    import torch
+    taken, lengths, shares, a = [], [], [], torch.randn(1024, 1024)
+    for _ in range(20):  # the last one counts
+        begin = time.perf_counter()
+        a @ a
+        peak = 2 * 1024**3 / (time.perf_counter() - begin)
+    size = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    for i in range(work["rounds"]):
+        begin = time.perf_counter()
+        made = [len(answer) for answer in generate(i)]
+        taken.append((time.perf_counter() - begin) / sum(made) * 1000)
+        shares.append(2 * size * 1000 / taken[-1] / peak)
+        lengths += made
+    return {"seconds": taken, "tokens": statistics.mean(lengths),
+            "share": statistics.median(shares)}
+
+
+def sample_ours(work: dict) -> dict:
+    from sample import HFSampler
+    before = peak_gb()
+    model, tokenizer, problems = start_model(work)
+    stops = [tokenizer.eos_token_id, *range(0, model.config.vocab_size, work["mean"])]
+    sampler = HFSampler(model, tokenizer, stops, 1.0, work["answer"])
+    prompts = [p.prompt_ids for p in problems[:work["prompts"]]]
+    found = timed_sampling(work, model, lambda i: [
+        r.completion_ids for group in sampler.generate(prompts, work["n"], i) for r in group])
+    return {**found, "peak_gb": peak_gb() - before}
+
+
 # ---------------------------------------------------------------- TRL's
 
 def trl_steps(work: dict, model, tokenizer, rows: list[dict], reward, k: int, **others):
-    """Seconds of each step, whole, and of them those before learning."""
+    """Seconds of each step, whole, and of them those before learning; or the trainer, untrained."""
     import datasets
     from transformers import TrainerCallback
 
@@ -186,7 +221,7 @@ def trl_steps(work: dict, model, tokenizer, rows: list[dict], reward, k: int, **
             output_dir=folder, num_generations=work["n"],
             per_device_train_batch_size=work["rows"], max_steps=work["rounds"] + 1,
             gradient_accumulation_steps=work["prompts"] * work["n"] // work["rows"],
-            max_completion_length=work["answer"], learning_rate=LR[work["mode"]],
+            max_completion_length=work["answer"], learning_rate=LR.get(work["mode"], 0.0),
             lr_scheduler_type="constant", adam_beta2=0.95, max_grad_norm=1.0, loss_type="luspo",
             scale_rewards="none", use_cpu=True, bf16=False,
             gradient_checkpointing=work["recompute"],
@@ -195,6 +230,8 @@ def trl_steps(work: dict, model, tokenizer, rows: list[dict], reward, k: int, **
             seed=0)
         trainer = Timed(model, reward, args, train_dataset=datasets.Dataset.from_list(rows),
                         processing_class=tokenizer, callbacks=[Watch()], k=k, **others)
+        if work["mode"] == "sample":
+            return trainer
         trainer.train()
     return steps
 
@@ -235,7 +272,23 @@ def step_trl(work: dict) -> dict:
             "tokens": statistics.mean(lengths)}
 
 
+def sample_trl(work: dict) -> dict:
+    import integrations.trl_rspo  # noqa: F401
+    import torch
+    before = peak_gb()
+    model, tokenizer, problems = start_model(work)
+    model.generation_config.eos_token_id = [*range(0, model.config.vocab_size, work["mean"])]
+    prompts = [list(p.prompt_ids) for p in problems[:work["prompts"]] for _ in range(work["n"])]
+    trainer = trl_steps(work, model, tokenizer, [{"prompt": "-"}] * work["prompts"],
+                        lambda **unused: [], 1)
+    torch.manual_seed(0)
+    found = timed_sampling(work, model, lambda i: trainer._generate_single_turn(
+        prompts, None, {}, work["n"])[0])
+    return {**found, "peak_gb": peak_gb() - before}
+
+
 CHILDREN = {("ours", "learn"): learn_ours, ("ours", "step"): step_ours,
+            ("ours", "sample"): sample_ours, ("trl", "sample"): sample_trl,
             ("trl", "learn"): learn_trl, ("trl", "step"): step_trl}
 
 
@@ -262,7 +315,8 @@ def compare(work: dict, pythons: dict, turns: int) -> dict:
         gap = gradient_gap(folder) if work["mode"] == "learn" else None
     medians = {who: {"seconds": statistics.median(s for each in own for s in each["seconds"]),
                      "peak_gb": statistics.median(each["peak_gb"] for each in own),
-                     "tokens": own[0].get("tokens", work["answer"])}
+                     "tokens": own[0].get("tokens", work["answer"]),
+                     "share": statistics.median(each.get("share", 0.0) for each in own)}
                for who, own in runs.items()}
     return {"work": work, "gradient_gap": gap, **medians}
 
@@ -287,7 +341,8 @@ def line_of(row: dict) -> str:
             f"{ours['seconds']:10.3f}{trl['seconds']:9.3f}{trl['seconds'] / ours['seconds']:7.2f}"
             f"{ours['peak_gb']:10.2f}{trl['peak_gb']:9.2f}{trl['peak_gb'] / ours['peak_gb']:7.2f}"
             f"{f'{gap:.1e}' if gap is not None else '-':>13s}"
-            f"{ours['tokens']:10.1f}{trl['tokens']:7.1f}")
+            f"{ours['tokens']:10.1f}{trl['tokens']:7.1f}"
+            + (f"   matrix speed {ours['share']:.0%} {trl['share']:.0%}" if ours["share"] else ""))
 
 
 def main() -> None:
@@ -297,6 +352,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=12)
+    parser.add_argument("--work", nargs="+", default=["learn:1", "learn:.25", "step:.25"],
+                        help="rows of the table, each with its share of answers with a weight")
+    parser.add_argument("--mean-length", type=int,
+                        help="sampling alone, with answers of many lengths")
     parser.add_argument("--rows", type=int,
                         help="answers in one micro-batch, for both (default: all of a step)")
     parser.add_argument("--gradient-checkpointing", action="store_true",
@@ -305,12 +364,16 @@ def main() -> None:
                         help="timed steps of each process (default 5)")
     parser.add_argument("--turns", type=int, default=2,
                         help="processes of each, in turn (default 2: A B A B)")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="seconds of the processor, which other jobs disturb less")
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl/bin/python",
                         help="TRL's environment (default .venv-trl)")
     parser.add_argument("--out", type=Path, default=Path("runs/against_trl.json"))
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
+        if args.child["cpu_time"]:
+            time.perf_counter = time.process_time
         found = CHILDREN[args.child["who"], args.child["mode"]](args.child)
         print("\n" + json.dumps(found))
         return
@@ -327,10 +390,12 @@ def main() -> None:
     print(f"{'with a':>11s}{'seconds':>26s}{'peak GiB':>26s}{'gradients':>13s}{'tokens':>17s}")
     print(f"{'weight':>11s}{'ours':>10s}{'TRL':>9s}{'ratio':>7s}{'ours':>10s}{'TRL':>9s}"
           f"{'ratio':>7s}{'differ by':>13s}{'ours':>10s}{'TRL':>7s}")
-    for mode, share in (("learn", 1.0), ("learn", 0.25), ("step", 0.25)):
-        work = {"mode": mode, "share": share, "model": args.model, "data": args.data,
+    for each in ["sample:0"] if args.mean_length else args.work:
+        mode, share = each.split(":")
+        work = {"mode": mode, "share": float(share), "model": args.model, "data": args.data,
                 "prompts": args.prompts, "n": args.n, "answer": args.max_new_tokens,
-                "rows": rows, "rounds": args.rounds, "recompute": args.gradient_checkpointing}
+                "rows": rows, "rounds": args.rounds, "recompute": args.gradient_checkpointing,
+                "mean": args.mean_length, "cpu_time": args.cpu_time}
         table.append(compare(work, pythons, args.turns))
         print(line_of(table[-1]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -221,6 +221,39 @@ def test_leaving_out_rows_of_weight_0_changes_no_bit(learner):
     assert same(gradients(model), with_zeros)
 
 
+@pytest.mark.parametrize("cap, noise", [(0.0, 0.0), (1.5, 0.0), (1.5, 0.5)])
+def test_equal_answers_are_learned_once_with_the_same_gradient(learner, monkeypatch, cap, noise):
+    monkeypatch.setattr(policy, "GAP_ALLOWED", {torch.float64: 9.0})
+    model, distinct = learner().double(), make_rollouts(6)  # so that rounding hides nothing
+    rollouts = told(model, distinct * 3)
+    if noise:  # the sampler saw equal answers with other chances: only two are equal in all
+        rollouts = told(model, distinct * 3, noise=noise)
+        rollouts[7] = rollouts[1]
+    weights = torch.randn(18, generator=torch.Generator().manual_seed(0))
+    weights[[0, 6, 12]] = torch.tensor([1, -1.5, 0.5])  # they cancel
+    loss, before = 0, values(model)
+    for rollout, weight in zip(rollouts, weights):
+        logprobs = reference(model, rollout)
+        ratio = (logprobs.detach() - torch.tensor(rollout.logprobs)).exp().clamp(max=cap or INF)
+        loss = loss - (weight * (ratio if cap else 1.0) * logprobs).sum() / 18
+    loss.backward()
+    expected = gradients(model)
+    learned = [r for i, r in enumerate(rollouts) if i != 7] if noise else distinct[1:]
+    for budget in (1, 60, 10**6):
+        model.load_state_dict(before, strict=False)
+        stats = adam(model, micro_batch_tokens=budget, cap=cap).update(rollouts, weights)
+        assert_close(gradients(model), expected, 1e-6)
+        assert stats["learned_tokens"] == sum(len(r.completion_ids) for r in learned)
+
+
+def test_answers_whose_weights_cancel_are_not_learned(learner):
+    ours = adam(learner())
+    before = values(ours.model)
+    stats = step(ours, make_rollouts(3) * 2, [1.0, 2, -3, -1, -2, 3])
+    assert (stats["grad_norm"], stats["learned_tokens"]) == (0.0, 0)
+    assert same(values(ours.model), before)
+
+
 @pytest.mark.parametrize("objective", ["passk", "maxk", "groupmax", "plugin", "reward"])
 def test_at_k_1_a_step_is_the_plain_policy_gradient_bit_for_bit(learner, objective):
     ours, plain, rollouts = adam(learner(), micro_batch_tokens=1), learner(), make_rollouts(8)

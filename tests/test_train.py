@@ -361,13 +361,16 @@ def test_at_k_1_the_first_step_of_a_run_is_reinforce_bit_for_bit(tmp_path, updat
     adam = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     [(rollouts, _)] = updates
     rewards, qwen = true_rewards(rollouts).flatten().tolist(), model.base_model.model
-    for i in sorted(range(24), key=lambda i: -policy.length(rollouts[i])):
-        if rewards[i]:
-            start = len(rollouts[i].prompt_ids)
-            ids = torch.tensor([[*rollouts[i].prompt_ids, *rollouts[i].completion_ids]])
+    together = dict.fromkeys(rollouts, 0.0)  # equal answers as one
+    for rollout, reward in zip(rollouts, rewards):
+        together[rollout] += reward
+    for rollout in sorted(together, key=lambda rollout: -policy.length(rollout)):
+        if together[rollout]:
+            start = len(rollout.prompt_ids)
+            ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
             logits = qwen.lm_head(qwen.model(ids).last_hidden_state[0, start - 1:-1])  # (T, V)
             chosen = logits[range(len(logits)), ids[0, start:]] - logits.logsumexp(-1)  # (T,)
-            (-rewards[i] * chosen.sum() / 24).backward()
+            (-together[rollout] * chosen.sum() / 24).backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     adam.step()
     saved = load_file(folder / "step_000001" / "adapter_model.safetensors")
