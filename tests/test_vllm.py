@@ -340,7 +340,7 @@ def test_evaluate_serves_a_run_with_vllm_as_with_plain_pytorch(runs, tmp_path):
             "--sampler", name, "--data", "divisor:test", "--limit", "60", "--n", "32",
             "--model", str(runs / "hf"), "--out", str(tmp_path / name)])
         entries, _ = evaluate.settle(args)
-        [samples] = evaluate.sample_model(entries[str(runs / "hf")])
+        samples = evaluate.sample_model(entries[str(runs / "hf")])
         curves.append(evaluate.curve_of(samples, name, None))
     _, mean, half = evaluate.difference(*curves)
     assert (mean.abs() <= 1.5 * half).all()
