@@ -17,7 +17,7 @@ demo: .venv/ready
 
 # A process for each core, of one thread each: more would only wait for each other.
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup tests
 
 exercises: .venv/ready
 	.venv/bin/python exercises/check.py

@@ -29,7 +29,7 @@ def world(data: str, limit: int, graded: bool) -> bandit.Bandit:
     """Numbers as hidden types, equally likely, and divisors as actions."""
     numbers = [p.answer for p in tasks.load_problems(data, limit)]
     rewards = [[tasks.grade_divisor(str(d), number, graded) for d in ACTIONS] for number in numbers]
-    chance = torch.full((len(numbers),), 1 / len(numbers)).double()  # (M,)
+    chance = torch.full((len(numbers),), 1 / len(numbers), dtype=torch.float64)  # (M,)
     return bandit.Bandit(chance, torch.tensor(rewards).double())  # (M, A)
 
 

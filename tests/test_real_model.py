@@ -26,7 +26,7 @@ def write(folder, phase, arm, rate, seed, texts, steps=real_model.STEPS):
         flags = dict.fromkeys(run.RUN_FLAGS) | {"steps": real_model.STEPS}
         config = {"format": run.FORMAT, "flags": flags, "git_commit": ""}
         (path / "config.json").write_text(json.dumps(config))
-        cli.write_rows(path / "evals.jsonl", [{"step": step} for step in (0, steps)])
+        cli.write_rows(path / "evals.jsonl", [{"step": step, "rewards": []} for step in (0, steps)])
         cli.write_rows(path / "metrics.jsonl", [
             {"step": step, "reward": seed / 100, "entropy": 1.5, "distinct_correct": 2.0,
              "sample_seconds": 3.0, "learn_seconds": step, "peak_memory_gb": 4.0}
