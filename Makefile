@@ -15,9 +15,10 @@ REQUIREMENTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,require
 demo: .venv/ready
 	.venv/bin/python toy/demo.py
 
-# A process for each core, of one thread each: more would only wait for each other.
+# A process for each core, of one thread each: more would only wait for each other. A file of
+# tests stays with one process, as what it trains is used by all of it.
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile tests
 
 exercises: .venv/ready
 	.venv/bin/python exercises/check.py
