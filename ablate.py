@@ -239,16 +239,19 @@ def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], o
     order = sorted(results, key=lambda label: label != reference)
     curves = [curve_of(label, [results[label][seed] for seed in sorted(seeds)])
               for label in order]
-    before = curve_of("before", [results[order[0]][seed] for seed in sorted(seeds)], "before")
     draw(name, curves, results, out / f"{name}.png")
     count = (len(curves) - 1) * len(curves[0].ks)
     verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0], count))
                 for curve in curves[1:]]
+    more = []
+    if name in ("alignment", "graded"):
+        first = [results[order[0]][seed] for seed in sorted(seeds)]
+        more = diagonal(curve_of("before", first, "before"), curves)
     each = [f"{curve.name:28s}" + " ".join(f"{mean:.3f}" for mean in each_seed(curve, 8))
             for curve in curves]
     return "\n\n".join([
         *parts, f"```\n{evaluate.table(curves, name, count)}\n```", "\n".join(verdicts),
-        *(diagonal(before, curves) if name in ("alignment", "graded") else []),
+        *more,
         f"Each seed by itself, {curves[0].metric}@8:", "\n".join(["```", *each, "```"]),
         f"{len(seeds)} seed(s); {', '.join(LATE.values())}: the last quarter of training. "
         f"`python ablate.py {' '.join(sys.argv[1:])}`"])
