@@ -41,7 +41,7 @@ from lib import policy, run
 ON_GPU = torch.cuda.is_available()
 SHAPES = {  # vocabulary of Qwen2.5, or one that a CPU can sample from
     "small": {"hidden_size": 96, "intermediate_size": 560, "num_hidden_layers": 2,
-              "num_attention_heads": 6, "num_key_value_heads": 1, "vocab_size": 512},
+              "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 512},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
              "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}}
 # (tokens of the longest answers, tokens of a micro-batch, prompts, answers each, tokens each)
