@@ -5,7 +5,7 @@ actions, and all n samples of a prompt share its type. Max@k and its gradient ar
 known in closed form, and mean and variance of any gradient estimator follow from
 listing all A^n outcomes: no Monte Carlo.
 
-    python bandit.py      two figures and three tables in ten seconds
+    python bandit.py      a figure and three tables in ten seconds
 
 Hills: k = 1 stays on the hill where it began, k > 1 finds the higher one.
 Alignment: training for k is best at k. Bias: RSPO has none, unlike the plug-in,
@@ -119,29 +119,6 @@ def alignment(ks: tuple[int, ...]) -> Tensor:
     return tensor([[objective(HIDDEN_TYPES, x, k) for k in ks] for x in map(trained_for, ks)])
 
 
-def learn_from_samples(estimator: str, k: int, seeds: int = 8, lr: float = 0.3,
-                       steps: int = 300, prompts: int = 4, n: int = 16) -> Tensor:
-    """(steps / 10 + 1, S): exact Pass@k on the hidden types while S seeds learn, each alone.
-
-    Nothing else in this file draws samples: here the noise is what is to be seen.
-    """
-    random = torch.Generator().manual_seed(0)
-    draw = lambda chance, *shape: torch.multinomial(
-        chance, shape[-1], replacement=True, generator=random)
-    logits, found = torch.zeros(seeds, 8).double(), []  # (S, A)
-    for step in range(steps + 1):
-        if step % 10 == 0:
-            found.append(tensor([objective(HIDDEN_TYPES, x, k) for x in logits]))
-        policy = logits.softmax(-1)  # (S, A)
-        hidden = draw(HIDDEN_TYPES.chance.expand(seeds, -1), prompts)  # (S, P)
-        actions = draw(policy, prompts * n).view(seeds, prompts, n)  # (S, P, n)
-        rewards = HIDDEN_TYPES.reward[hidden].gather(-1, actions)  # (S, P, n)
-        weights = ESTIMATORS[estimator](rewards, k).flatten(1)  # (S, P n)
-        pushed = torch.zeros_like(logits).scatter_add(-1, actions.flatten(1), weights)
-        logits += lr * (pushed - weights.sum(-1, keepdim=True) * policy) / (prompts * n)
-    return torch.stack(found)
-
-
 def compare_estimators(ks: tuple, rates: tuple, n: int) -> dict[str, Tensor]:
     """Of each estimator (K, rates, 3): mean, variance and truth of the gradient.
 
@@ -179,20 +156,6 @@ def draw_hills(path: Path | None = None) -> Figure:
     return figure
 
 
-def draw_tables(bias: dict, rates: tuple, noise: dict, ks: tuple, path: Path) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, style in zip(bias, ("o-", "s:", "k^--", "v-.", "d--", "x-")):
-        left.plot(rates, bias[name], style, label=name)
-        if name in noise:
-            right.plot(ks, noise[name], style, label=name)
-    left.set(title=f"Bias: mean estimate / true gradient, k = {ks[-1]}",
-             xlabel="success rate w", ylabel="1 = unbiased", yscale="log")
-    right.set(title="Noise: variance / RSPO's", xlabel="k", yscale="log", xticks=ks)
-    left.legend()
-    figure.savefig(path, dpi=150)
-
-
 def show(title: str, head: str, columns: tuple, rows: dict, form: str = "{}") -> None:
     """A table: rows is {name: cells}, and form says how a cell is written."""
     print(f"\n{title}")
@@ -225,8 +188,7 @@ def main() -> None:
              for name in UNBIASED}
     show("3. Noise: variance / RSPO's, mean over w (two actions overlap more than texts)",
          "k", noise_ks, noise, "{:.2f}")
-    draw_tables(bias, rates, noise, noise_ks, Path("runs/bandit.png"))
-    print("\nfigures: runs/hills.png, runs/bandit.png")
+    print("\nfigure: runs/hills.png")
 
 
 if __name__ == "__main__":

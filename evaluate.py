@@ -272,20 +272,16 @@ def plot(curves: list[Curve], path: Path, title: str) -> None:
 
 
 def plot_history(rows: list[dict], path: Path) -> None:
-    """Six panels over the steps of a run: thin = each step, thick = mean of ten."""
+    """Six columns of metrics.jsonl over the steps: thin = each step, thick = mean of ten."""
     best = next(key for key in rows[0] if key.endswith("@k"))
-    panels = {"reward": "mean reward", best: f"{best} at the training k",
-              "entropy": "entropy (nats per answer)",
-              "zero_weight_prompts": "without signal",
-              "completion_tokens": "tokens per answer",
-              "grad_norm": "gradient norm, unclipped"}
+    columns = ("reward", best, "entropy", "zero_weight_prompts", "completion_tokens", "grad_norm")
     figure, look = Figure(figsize=(11, 5.6), layout="constrained"), {"color": "#0072b2"}
     axes = figure.subplots(2, 3, sharex=True).flat
-    for axis, (column, title) in zip(axes, panels.items()):
+    for axis, column in zip(axes, columns):
         steps, values = zip(*((row["step"], row[column]) for row in rows))
         axis.plot(steps, values, alpha=0.3, linewidth=0.8, **look)
         axis.plot(steps, running_mean(values), linewidth=2, **look)
-        axis.set(title=title, xlabel="step")
+        axis.set(title=column, xlabel="step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 

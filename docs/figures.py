@@ -5,7 +5,7 @@
 A function returns its figure, so walkthrough.ipynb shows the same ones. None switches the backend:
 a notebook keeps its own.
 
-Shapes: n answers to a prompt, C counts of right ones among them; K values of k, A actions.
+Shapes: P prompts, n answers each, C counts of right ones; K values of k, A actions, S seeds.
 """
 
 import sys
@@ -39,11 +39,35 @@ def bets(ks: tuple = (1, 4, 16)) -> Figure:
     return figure
 
 
+def learn_from_samples(estimator: str, k: int, seeds: int = 8, lr: float = 0.3,
+                       steps: int = 300, prompts: int = 4, n: int = 16) -> torch.Tensor:
+    """(steps / 10 + 1, S): exact Pass@k on the hidden types while S seeds learn, each alone.
+
+    bandit.py draws no samples: here the noise is what is to be seen.
+    """
+    random = torch.Generator().manual_seed(0)
+    draw = lambda chance, *shape: torch.multinomial(
+        chance, shape[-1], replacement=True, generator=random)
+    logits, found = torch.zeros(seeds, 8).double(), []  # (S, A)
+    for step in range(steps + 1):
+        if step % 10 == 0:
+            chances = [bandit.objective(bandit.HIDDEN_TYPES, x, k) for x in logits]
+            found.append(bandit.tensor(chances))  # (S,)
+        policy = logits.softmax(-1)  # (S, A)
+        hidden = draw(bandit.HIDDEN_TYPES.chance.expand(seeds, -1), prompts)  # (S, P)
+        actions = draw(policy, prompts * n).view(seeds, prompts, n)  # (S, P, n)
+        rewards = bandit.HIDDEN_TYPES.reward[hidden].gather(-1, actions)  # (S, P, n)
+        weights = bandit.ESTIMATORS[estimator](rewards, k).flatten(1)  # (S, P n)
+        pushed = torch.zeros_like(logits).scatter_add(-1, actions.flatten(1), weights)
+        logits += lr * (pushed - weights.sum(-1, keepdim=True) * policy) / (prompts * n)
+    return torch.stack(found)
+
+
 def hitchhiking(k: int = 8, **settings) -> Figure:
     """Exact Pass@k while each of eight seeds learns: the group maximum's weights and RSPO's."""
     figure, *axes = new(2, (9, 3.4))
     for axis, name in zip(axes, ("group maximum", "RSPO")):
-        found = bandit.learn_from_samples(name, k, **settings)  # (T, S)
+        found = learn_from_samples(name, k, **settings)  # (T, S)
         steps = range(0, 10 * len(found), 10)
         axis.plot(steps, found, color=ORANGE if name == "group maximum" else BLUE, lw=1, alpha=0.7)
         axis.plot(steps, found.mean(1), color="black", lw=2, ls="--", label="mean of the seeds")

@@ -5,15 +5,12 @@ from collections import Counter, defaultdict
 from html import escape
 from pathlib import Path
 from statistics import fmean
+from string import Template
 
 import rspo
 from lib.tasks import vote
 
-CSS = Path(__file__).with_suffix(".css").read_text()
-HEAD = f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><style>
-{CSS}</style>"""
+HEAD = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def rows_of(problems, groups, rewards) -> list[dict]:
@@ -29,12 +26,8 @@ def write(path: Path, title: str, k: str, sides: list[tuple[str, list[dict]]]) -
     A side has a name and rows. k is as in --k, but of a schedule only the last counts.
     """
     known = [(escape(name), {row["id"]: row for row in rows}) for name, rows in sides]
-    first, title, k = list(known[0][1].values()), escape(title), k.split(":")[-1]
-    text = [f"{HEAD}<title>{title}</title><h1>{title}</h1><p>Answers by what they say in the end, "
-            "the most frequent first; click on one to read it. &#10003; is right, &#10007; "
-            "wrong, ~ between. Weight: RSPO's, k times what such an answer adds to the best of "
-            f"k - 1 others, k = {escape(k)} (or all answers, if these are fewer). Length: in "
-            "characters."]
+    first, k = list(known[0][1].values()), k.split(":")[-1]
+    text = [HEAD.substitute(title=escape(title), k=escape(k))]
     for row in first[::-(-len(first) // 20) or 1]:
         wanted = "a divisor of" if row["task"].startswith("divisor") else "right answer:"
         text.append(f"<section><h2>{escape(row['problem'])}</h2><p>{wanted} "

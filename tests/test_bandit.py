@@ -24,6 +24,7 @@ import torch
 import bandit
 import rspo
 from bandit import Bandit
+from docs import figures
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 LOGITS = tensor([0.3, -0.8, 0.5])
@@ -227,7 +228,7 @@ def test_training_for_k_is_best_at_k():
 
 @pytest.mark.parametrize("estimator", bandit.UNBIASED)
 def test_learning_from_samples_follows_the_gradient(estimator):
-    found = bandit.learn_from_samples(estimator, k=2, seeds=64, lr=1e-3, steps=10, prompts=16)
+    found = figures.learn_from_samples(estimator, k=2, seeds=64, lr=1e-3, steps=10, prompts=16)
     assert found.shape == (2, 64)
     start = torch.zeros(8).double()
     close(found[0], bandit.objective(bandit.HIDDEN_TYPES, start, 2).expand(64))
@@ -240,7 +241,7 @@ def test_learning_from_samples_follows_the_gradient(estimator):
 def test_seeds_that_learn_from_group_maxima_scatter_and_rspos_do_not():
     spread = {}
     for name in ("RSPO", "group maximum"):
-        last = bandit.learn_from_samples(name, k=8)[-1]  # (S,)
+        last = figures.learn_from_samples(name, k=8)[-1]  # (S,)
         assert len(last.unique()) == 8
         spread[name] = last.std()
     assert spread["group maximum"] > 10 * spread["RSPO"]

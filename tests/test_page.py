@@ -33,7 +33,7 @@ class Reader(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.attributes, self.texts = Counter(), set(), []  # [[tag, text behind it]]
+        self.tags, self.attributes, self.texts = Counter(), set(), [["", ""]]  # [[tag, text]]
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
