@@ -272,17 +272,18 @@ def plot(curves: list[Curve], path: Path, title: str) -> None:
 
 
 def plot_history(rows: list[dict], path: Path) -> None:
-    """Six columns of metrics.jsonl over the steps: thin = each step, thick = mean of ten."""
+    """Six columns of metrics.jsonl over the steps of a run."""
     best = next(key for key in rows[0] if key.endswith("@k"))
     columns = ("reward", best, "entropy", "zero_weight_prompts", "completion_tokens", "grad_norm")
     figure, look = Figure(figsize=(11, 5.6), layout="constrained"), {"color": "#0072b2"}
     axes = figure.subplots(2, 3, sharex=True).flat
     for axis, column in zip(axes, columns):
         steps, values = zip(*((row["step"], row[column]) for row in rows))
-        axis.plot(steps, values, alpha=0.3, linewidth=0.8, **look)
-        axis.plot(steps, running_mean(values), linewidth=2, **look)
-        axis.set(title=column, xlabel="step")
+        axis.plot(steps, values, alpha=0.3, linewidth=0.8, label="each step", **look)
+        axis.plot(steps, running_mean(values), linewidth=2, label="mean of ten", **look)
+        axis.set(title=f"{best[:-1]}{rows[-1]['k']}" if column == best else column, xlabel="step")
         axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 

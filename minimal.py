@@ -1,6 +1,6 @@
 """RSPO on one page: train the embedded toy model for the best of k answers.
 
-    python minimal.py 8        k = 8: half a minute on a laptop
+    python minimal.py 8        k = 8: a minute on a laptop; compare k = 1
 
 Asked "19307:", the toy should write a divisor of 19307, "43$".
 
@@ -29,7 +29,7 @@ def weights(rewards, k):
 @torch.no_grad()
 def sample(model, numbers, n):
     """Tokens of n answers to each prompt, prompt included: (P n, T)."""
-    prompts = [[VOCABULARY.index(c) for c in f"{number}:"] for number in numbers]
+    prompts = [[VOCABULARY.index(char) for char in f"{number}:"] for number in numbers]
     ids = torch.tensor(prompts).repeat_interleave(n, 0)  # (P n, T)
     for _ in range(A):
         ids = torch.cat([ids, model(ids).logits[:, -1].softmax(-1).multinomial(1)], 1)

@@ -7,25 +7,16 @@ the chance that one answer is right, Pass@k = 1 - (1 - w)^k, and so
     grad Pass@k = E_y[ k (1 - w)^(k-1) R(y) grad log pi(y) ]           (1)
     grad Max@k = E_y[ k E_M[max(R(y) - M, 0)] grad log pi(y) ]         (2)
 
-with M the best of k - 1 others: it does not depend on y, so E_M[M] could be taken
-from E_M[max(R, M)] as a baseline. An answer earns what it adds to the best of
-k: a right one k on a hard prompt, hardly any on an easy one; a wrong one never
-"hitchhikes". (1 - w)^(k-1) and the law of M are estimated without bias by the
-mean over all choices of k - 1 of the other n - 1 samples, in closed form.
+with M the best of k - 1 others. (It does not depend on y, so E[M] can be subtracted
+from E[max(R(y), M)] without bias.) An answer earns what it adds to the best of k:
+a right one k on a hard prompt, hardly anything on an easy one; a wrong one never
+"hitchhikes". (1 - w)^(k-1) and the distribution of M are estimated without bias by
+the mean over all choices of k - 1 of the other n - 1 samples, in closed form.
 
 Gradient convention: (1/n) sum_i W_i grad log pi(y_i), mean over prompts. Never
-normalise W: centred and divided by its deviation it is GRPO's, whatever k (0/1).
-AdamW and clipping take the scale of a step's gradient away, not its direction.
-The family, before anyone's division by a deviation, with W_k RSPO's W at k:
-
-    PKPO 2505.15201              loo-minus-one = W_k / n, k >= 2
-    Pass@k Training 2508.10751   (1/k - 1/n) times leave-one-out W_k
-    verl's grpo_passk            W_n / n
-    MaxRL 2602.02710, 0/1        n/c = sum of W_k / k over k = 1..n
-    TailRL 2609.02987            gaps over survivors = the same sum
-
-That sum is k = "harmonic". Minus its mean it is the sum up to n - 1 of the
-leave-one-out W_k / k: unbiased for that sum, unlike a single centred W_k.
+normalise W: minus their mean and divided by their standard deviation, weights of
+0/1 rewards become GRPO's advantage, and k disappears. AdamW and clipping largely
+cancel the overall size of the weights, but not the ratios between them.
 
 Shapes: n samples per prompt, c right, "..." any leading dimensions; float64.
 """
@@ -71,6 +62,7 @@ def pass_at_k_weights(rewards, k: int | str) -> Tensor:
     rewards = _checked(rewards, k, binary=True, harmonic=True)
     gains = _gains(rewards, k)  # (n,)
     wrong = (rewards == 0).sum(-1, keepdim=True)  # (..., 1)  n - c
+    # c = 0 would be out of range; every reward is 0 there
     return gains[wrong.clamp(max=len(gains) - 1)] * rewards  # (..., n)
 
 
@@ -78,8 +70,8 @@ def max_at_k_weights(rewards, k: int | str) -> Tensor:
     """W_i = k * mean_S max(R_i - max_S R, 0), from (2).
 
     rewards (..., n) -> (..., n). S runs over the (k-1)-subsets of the others; for
-    k = 1, W_i = R_i. Sample i gains each step between the sorted rewards up to
-    its own, where S lies below that step:
+    k = 1, W_i = R_i. Sort the rewards: answer i collects every step up to its own
+    reward, times the chance s_j that all k - 1 rivals lie below it (docs/steps.png):
 
         W_(i) = sum_{j=0}^{i-1} (r_(j+1) - r_(j)) * k s_j,  r_(0) := 0
         s_j = C(j, k-1) / C(n-1, k-1);  harmonic: n / (n - j) for k s_j
@@ -108,8 +100,8 @@ def leave_one_out_weights(rewards, k: int) -> Tensor:
         W_i - b_i = n / (n - k) * (U_i - mean U)
         U_(i) = const + sum_{j=1}^{i-1} (r_(j+1) - r_(j)) * k s_{j-1}
 
-    RLOO at k = 1. It need not save variance: in bandit.py it has .76, 1.00, 1.10
-    and 1.15 of W's at k = 1, 2, 4, 8.
+    RLOO at k = 1. It need not save variance: in bandit.py its variance is .76, 1.00,
+    1.10 and 1.15 times that of W at k = 1, 2, 4, 8.
     """
     rewards = _checked(rewards, k)
     n = rewards.shape[-1]
@@ -118,13 +110,22 @@ def leave_one_out_weights(rewards, k: int) -> Tensor:
     ascending, order = rewards.sort(dim=-1)  # (..., n)
     steps = ascending.diff(dim=-1, prepend=ascending[..., :1])  # (..., n)
     gains = _gains(rewards, k)  # (n,)
+    # roll: k s_{j-1}; what wraps around meets the first step, which is 0
     shared = (steps * gains.roll(1)).cumsum(-1)  # (..., n)  U - U_(1)
     shared = shared - shared.mean(-1, keepdim=True)  # (..., n)  U - mean U
     weights = n / (n - k) * shared  # (..., n)
     return torch.empty_like(weights).scatter(-1, order, weights)  # (..., n)
 
 
-# -------- what else is done: rivals
+# -------- what else is done
+# The same weights elsewhere, before anyone's division by a standard deviation:
+#    PKPO 2505.15201              loo-minus-one = W_k / n, k >= 2
+#    Pass@k Training 2508.10751   (1/k - 1/n) times leave-one-out W_k
+#    verl's grpo_passk            W_n / n
+#    MaxRL 2602.02710, 0/1        n/c = sum of W_k / k over k = 1..n = "harmonic"
+#    TailRL 2609.02987, graded    the same sum
+# Harmonic weights may be centred: minus their mean they are the sum of the
+# leave-one-out W_k / k over k = 1..n-1, which is unbiased. A single W_k may not.
 def group_max_weights(rewards, k: int) -> Tensor:
     """The paper's baseline: k times the maximum of each consecutive group of k.
 

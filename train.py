@@ -15,6 +15,7 @@ from lib import cli
 if __name__ == "__main__":
     cli.refuse_early(lambda: cli.parse(__doc__, cli.SETTINGS))
 
+import math
 import random
 import resource
 import subprocess
@@ -90,7 +91,7 @@ def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
     rewards, failures = grade(held_out, groups)  # (M, n)
     if failures:
         tqdm.write(f"step {run.step}: {failures} held-out answers were not graded: they earn 0")
-    few = slice(None, None, -(-len(groups) // 8))
+    few = slice(None, None, math.ceil(len(groups) / 8))
     answers = [group[:64] for group in groups[few]]
     run.write("samples.jsonl", [
         {"step": run.step, **row}
@@ -146,13 +147,14 @@ INF = float("inf")
 
 
 def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> dict:
-    """One row of metrics.jsonl. The README defines every column."""
+    """One row of metrics.jsonl. docs/reference.md defines every column."""
     rollouts = [r for group in groups for r in group]
     mean = lambda values: sum(values) / len(rollouts)
     metric, n = "max" if batch[0].graded else "pass", len(groups[0])
     best = [rspo.max_at_k(rewards, n if k == "harmonic" else k).mean() for k in ks]
     right = {(p, groups[p][i].text) for p, i in (rewards == 1).nonzero().tolist()}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # macOS: bytes
+    unit = 1 if sys.platform == "darwin" else 2**10
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # bytes
     return {
         "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
         f"{metric}@1": rspo.max_at_k(rewards, 1).mean().item(),
@@ -200,7 +202,7 @@ def report_step(args, run: Run, row: dict) -> None:
     best = next(name for name in row if name.endswith("@k"))
     seconds = sum(mean[part] for part in PARTS)
     line = (f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
-            f"{best} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
+            f"{best[:-1]}{row['k']} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
             f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s")
     if mean["grader_failures"]:
         line += f"  not graded {mean['grader_failures']:.2g}"

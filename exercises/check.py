@@ -181,7 +181,9 @@ def report(path: Path = BLANKS) -> str:
                 f"{place}: {reason(names)}.")
     wrong = {each.name: look_at(each, names, path) for each in EXERCISES}
     left = [name for name in wrong if wrong[name]]
-    lines = [f"{i} {'    ' if wrong[name] else 'done'} {name}" for i, name in enumerate(wrong, 1)]
+    states = {name: "done" if not text else "" if "not filled in" in text else "no"
+              for name, text in wrong.items()}
+    lines = [f"{i} {states[name]:4} {name}" for i, name in enumerate(wrong, 1)]
     if not left:
         return "\n".join([*lines, f"All {len(wrong)} done. Read rspo.py next."])
     lines.append(f"{len(wrong) - len(left)} of {len(wrong)} done; next: {left[0]}")

@@ -8,7 +8,8 @@ c of the n are right. k of the answers are a team, and only the best of a team c
 A weight says by how much the log-probability of its answer should rise. At k = 1 it is the
 reward itself, the ordinary policy gradient, so try every function with k = 1 first.
 
-The solutions are in solutions.py: look there only after your own is right.
+The first five fit into an hour; six to eight are a second one. The solutions are in solutions.py:
+look there only after your own is right.
 """
 
 from itertools import combinations

@@ -29,8 +29,8 @@ class Setting(NamedTuple):
 SETTINGS = {
     "model": Setting("toy, hub id, short name, folder or run", "toy"),
     "k": Setting("best of how many: 4, a list 1,4,16, a schedule 8:1, harmonic", "4"),
-    "objective": Setting("weights", "passk", choices=("passk", "maxk", "loo", "groupmax", "plugin",
-                                                      "centred", "grpo", "reward")),
+    "objective": Setting("RSPO (passk, maxk) or a rival", "passk", choices=(
+        "passk", "maxk", "loo", "groupmax", "plugin", "centred", "grpo", "reward")),
     "data": Setting("divisor, math, gsm8k, a hub id or .jsonl file", "math", "divisor"),
     "n": Setting("answers per problem", 16, toy=32),
     "prompts": Setting("problems per step", 32, toy=16),
@@ -51,7 +51,7 @@ SETTINGS = {
     "eval_data": Setting("held-out data; follows from --data", kind=str),
     "eval_n": Setting("answers per held-out problem", 16, toy=64),
     "eval_every": Setting("steps between evaluations; 0: at the ends", 0, least=0),
-    "limit": Setting("use so many held-out problems", toy=200, kind=int),
+    "limit": Setting("number of held-out problems to use", toy=200, kind=int),
     "save_every": Setting("steps between checkpoints", 20, toy=50),
     "tensorboard": Setting("write for TensorBoard, too", False),
     "run": Setting("new run directory, else runs/<what>-<time>", kind=Path),
@@ -62,7 +62,7 @@ MEANT = {  # what others say
     "group_size": "n", "num_generations": "n", "baseline": "objective"}
 KINDS = {  # how argparse reads each
     int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
-    str: {"metavar": "NAME"}, list: {"metavar": "NAME", "nargs": "+"},
+    str: {"metavar": "VALUE"}, list: {"metavar": "VALUE", "nargs": "+"},
     Path: {"type": Path, "metavar": "PATH"}, bool: {"action": argparse.BooleanOptionalAction}}
 
 
@@ -85,7 +85,8 @@ def parse(doc: str, settings: dict[str, Setting], argv: list[str] | None = None)
     for name, each in settings.items():
         value, least, most = getattr(args, name), each.least, each.most
         if type(value) in (int, float) and not least <= value <= most:
-            fail(f"{flag(name)} is {value}, but must be at least {least} and at most {most:g}")
+            limit = f" and at most {most:g}" if most < 1e15 else ""
+            fail(f"{flag(name)} is {value}, but must be at least {least}{limit}")
     return args
 
 
@@ -98,7 +99,7 @@ def refuse(word: str, settings: dict[str, Setting]) -> None:
     hint = nearest(flag(name), map(flag, settings), 0.75)
     if name in settings:
         hint = f", did you mean {flag(name)} {value}".rstrip() + "?"
-    fail(f"{word!r} is no flag and belongs to none{hint}; see --help")
+    fail(f"{word!r} is unknown{hint}; see --help")
 
 
 def settle(args: argparse.Namespace, settings: dict[str, Setting], toy: bool, own: dict) -> None:

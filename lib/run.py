@@ -47,12 +47,16 @@ def resolve_model(name: str, seen=()) -> tuple[str, Path | None]:
         if newest := newest_checkpoint(folder):
             return resolve_model(str(config["flags"]["model"]), (*seen, name))[0], newest
         raise UserError(f"run directory {name} holds no whole checkpoint (step_...)")
-    if folder.is_dir():
+    if (folder / "config.json").is_file():
         return name, None
-    if name.startswith((".", "/", "~", "runs/")) or "/" in name and Path(folder.parts[0]).is_dir():
-        there = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
-        raise UserError(f"folder {name} does not exist{nearest(folder.name, there)}; in "
-                        f"{folder.parent}: {', '.join(there[-8:]) or 'no run and no model'}")
+    if folder.is_dir() or name.startswith((".", "/", "~", "runs/")) or (
+            "/" in name and Path(folder.parts[0]).is_dir()):
+        around = folder if folder.is_dir() else folder.parent
+        there = sorted(str(path.parent.relative_to(around))
+                       for depth in ("*", "*/*") for path in around.glob(f"{depth}/config.json"))
+        what = "holds no run and no model" if folder.is_dir() else "does not exist"
+        raise UserError(f"folder {name} {what}{nearest(folder.name, there)}; in {around}: "
+                        f"{', '.join(there[-8:]) or 'no run and no model'}")
     if "/" in name:
         return name, None
     for family, organisation in ORGANISATIONS.items():

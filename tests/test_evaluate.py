@@ -328,7 +328,7 @@ DRAW = """if True:
     evaluate.plot(curves, folder / "curves.png", "title")
     row = {"reward": 0.5, "pass@k": 0.5, "entropy": 1.0, "zero_weight_prompts": 0.0,
            "completion_tokens": 9.0, "grad_norm": 1.0}
-    evaluate.plot_history([{"step": i, **row} for i in (1, 2)], folder / "history.png")
+    evaluate.plot_history([{"step": i, "k": "4", **row} for i in (1, 2)], folder / "history.png")
     for name in ("entropy", "report"):
         ablate.draw(name, curves, {name: {0: ({}, [row, row], {})} for name in "xy"},
                     folder / f"{name}.png")

@@ -681,6 +681,9 @@ def test_a_folder_that_is_missing_is_no_hub_id_and_the_runs_there_are_named(
     if "runs" in name or "work" in name:
         assert "did you mean 'second'" in str(refused.value)
         assert "first, second" in str(refused.value)
+    for around, shown in (("runs", "first, second"), (".", "runs/first, runs/second")):
+        with pytest.raises(UserError, match=f"{around} holds no run and no model.*{shown}"):
+            run.resolve_model(around)
 
 
 @pytest.mark.parametrize("spoil", ["no weights", "only a pickle", "no tokenizer", "no config",

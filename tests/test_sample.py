@@ -125,14 +125,19 @@ def test_log_probabilities_are_the_learners_whatever_the_padding(
     assert max(map(policy.length, rollouts)) >= 14  # Mistral's window is 5
 
 
-@pytest.mark.parametrize("cache", [1, 40, 100, 2**18])
-def test_many_small_batches_are_as_good_as_one_and_hold_less(sampler_of, monkeypatch, cache):
-    monkeypatch.setattr(sample, "CACHE_TOKENS", cache)
+@pytest.mark.parametrize("cache, rows_at_most", [
+    (1, 99), (40, 99), (100, 99), (2**18, 99), (2**18, 3), (2**18, 0)])
+def test_many_small_batches_are_as_good_as_one_and_hold_less(
+        sampler_of, monkeypatch, cache, rows_at_most):
     sampler, held = sampler_of(max_new_tokens=8), []
+    vocabulary = sampler.model.get_output_embeddings().weight.shape[0]
+    monkeypatch.setattr(sample, "CACHE_TOKENS", cache)
+    monkeypatch.setattr(sample, "LOGITS", rows_at_most * vocabulary + 1)
     record(sampler, held)
     groups = sampler.generate(PROMPTS, 5, seed=3)
     assert [[r.prompt_ids for r in group] for group in groups] == [[p] * 5 for p in PROMPTS]
     assert all(rows * tokens <= cache for rows, tokens in held if rows > 1)
+    assert max(rows for rows, _ in held) <= max(1, rows_at_most)
     assert len(set(ids_of(groups))) > 20  # no batch repeats another's random numbers
     assert groups == sampler.generate(PROMPTS, 5, seed=3)
     assert_truthful(sampler, flat(groups))
@@ -409,7 +414,7 @@ def test_a_typo_is_refused_in_one_sentence_before_torch_is_imported(name):
     imports = [line for line in refused.stderr.splitlines() if line.startswith("import time:")]
     assert len(imports) > 20 and not any(line.endswith("| torch") for line in imports)
     [said] = set(refused.stderr.splitlines()) - set(imports)
-    assert "'--temprature' is no flag" in said and "did you mean '--temperature'?" in said
+    assert "'--temprature' is unknown" in said and "did you mean '--temperature'?" in said
     assert refused.returncode == 1
 
 

@@ -158,13 +158,13 @@ BEFORE_LOADING = [
     ("--data divisor-graded --objective maxk --flip 0.1", "--flip is 0.1, but divisor-graded"),
     ("--data divisr", "'divisr' is unknown, did you mean 'divisor'?"),
     ("--model tox", "'tox' is unknown, did you mean 'toy'?"),
-    ("--promts 4", "'--promts' is no flag and belongs to none, did you mean '--prompts'?"),
+    ("--promts 4", "'--promts' is unknown, did you mean '--prompts'?"),
     ("--batch-size=4", "did you mean --prompts 4?"),
     ("--learning-rate 1e-4", "did you mean --lr?"),
     ("--baseline loo", "did you mean --objective?"),
     ("--max_new_tokens 4", "did you mean --max-new-tokens?"),
-    ("--nonsense=4", "'--nonsense=4' is no flag"),
-    *[(word, f"'{word}' is no flag and belongs to none; see") for word in ("junk", "--jump")],
+    ("--nonsense=4", "'--nonsense=4' is unknown"),
+    *[(word, f"'{word}' is unknown; see") for word in ("junk", "--jump")],
     *[(f"--{name} 0", f"--{name} is 0") for name in (
         "n", "steps", "prompts", "max-new-tokens", "lora-rank", "micro-batch-tokens", "eval-n",
         "limit", "save-every", "temperature", "lr", "gpu-memory")],
@@ -244,7 +244,7 @@ def test_a_typo_is_refused_before_torch_is_loaded(tmp_path, script):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)},
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"{script}.py: '--limmit' is no flag")
+    assert done.stderr.startswith(f"{script}.py: '--limmit' is unknown")
     assert done.stderr.count("\n") == 1
 
 
@@ -552,7 +552,7 @@ def test_a_line_shows_the_mean_since_the_last_one(capsys):
     said = lines_of(capsys, 30, unlucky, {"reward": 0.8}, unlucky, *[{}] * 26, unlucky)
     printed = {step: lines for step, lines in enumerate(said, 1) if lines}
     assert all(len(line) <= 100 for lines in said for line in lines)
-    assert "reward 0.000  pass@k 0.000" in printed[1][1] and "cut off" in printed[1][0]
+    assert "reward 0.000  pass@2 0.000" in printed[1][1] and "cut off" in printed[1][0]
     [third], [sixth], [last] = printed[3], printed[6], printed[30]
     assert "reward 0.400  pass@k 0.200" in third and third.endswith("4.00 s  not graded 1.5")
     assert "reward 0.300  pass@k 0.400" in sixth and "graded" not in sixth
