@@ -99,38 +99,38 @@ class HFSampler:
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)  # (P, L), (P, L)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (P, L)
 
-        # Read each prompt once; its answers start from copies of that.
+        # Answers that are still the same share a row: S different texts, first the prompts.
+        # (For a number of logits to keep, a CPU would copy the head once per prompt.)
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
-                          position_ids=positions, logits_to_keep=1)
-        copies = tensor([asked.index(i) for i in batch])  # (R,)
-        cache = read.past_key_values
-        cache.reorder_cache(copies)
-        logits = read.logits[copies, -1]  # (R, V)
-        mask, position = mask[copies], positions[copies, -1:]  # (R, L), (R, 1)
+                          position_ids=positions, logits_to_keep=tensor([-1]))
+        cache, logits, position = read.past_key_values, read.logits, positions[:, -1:]
+        text = tensor([asked.index(i) for i in batch])  # (R,)  of each answer
 
         stops = tensor(self.stops)
         rows = tensor(range(len(batch)))  # (R,)
         drawn = stops.new_full((len(rows), self.max_new_tokens), self.stops[0])
         logprobs = torch.zeros_like(drawn, dtype=torch.float)  # (R, T)
         for t in range(self.max_new_tokens):
-            logp = (logits.float() / self.temperature).log_softmax(-1)  # (R, V)
+            logp = (logits[:, -1].float() / self.temperature).log_softmax(-1)  # (S, V)
             if logp[:, 0].isnan().any():  # one bad logit makes all NaN
                 raise policy.BrokenPolicy(NOT_FINITE)
-            token = logp.exp().multinomial(1, generator=randomness)  # (R, 1)
-            drawn[rows, t] = token[:, 0]
-            logprobs[rows, t] = logp.gather(-1, token)[:, 0]
-            alive = ~torch.isin(token[:, 0], stops)  # (R,)
+            token = logp.exp()[text].multinomial(1, generator=randomness)[:, 0]  # (R,)
+            drawn[rows, t], logprobs[rows, t] = token, logp[text, token]
+            alive = ~torch.isin(token, stops)  # (R,)
             if t + 1 == self.max_new_tokens or not alive.any():
                 break
-            if not alive.all():  # finished answers leave
-                cache.reorder_cache(alive.nonzero()[:, 0])
-                rows, token = rows[alive], token[alive]
-                mask, position = mask[alive], position[alive]
-            mask = pad(mask, (0, 1), value=1)  # (R, L + t + 1)
+            rows, size = rows[alive], logp.shape[-1]
+            grown = (text * size + token)[alive]  # (R,)  a text and what continues it, as one
+            grown, text = grown.unique(return_inverse=True)  # (S,), (R,)
+            before, token = grown // size, grown % size  # (S,), (S,)
+            if not torch.equal(before, tensor(range(len(mask)))):
+                cache.reorder_cache(before)  # some part, and finished ones leave
+                mask, position = mask[before], position[before]
+            mask = pad(mask, (0, 1), value=1)  # (S, L + t + 1)
             position = position + 1
             logits = self.model(
-                input_ids=token, attention_mask=mask, position_ids=position,
-                past_key_values=cache, use_cache=True).logits[:, -1]  # (R, V)
+                input_ids=token[:, None], attention_mask=mask, position_ids=position,
+                past_key_values=cache, use_cache=True).logits  # (S, 1, V)
         return [make_rollout(prompts[i], *answer, self.stops, self.tokenizer)
                 for i, *answer in zip(batch, drawn.tolist(), logprobs.tolist())]
 

@@ -14,9 +14,11 @@ right, in place of the grader's verdict, which is timed all the same). TRL runs
 integrations/trl_rspo.py. Medians without each process's first step; peak memory is what a process
 held at most beyond what it held before loading the model. Writes --out as JSON.
 
-With --mean-length M instead sampling alone: every M-th token of the vocabulary ends an answer, so
-that lengths differ as those of real answers do. Seconds are per 1,000 tokens; the matrix speed is
-two operations per parameter and token, over those of a large matrix product in the same process.
+With --mean-length M instead sampling alone. Lengths differ as those of real answers do: they are
+drawn from an exponential distribution of mean M, the same for both, and what either draws is
+changed so that an answer of length l has its end token at place l and none before. Seconds are per
+1,000 tokens; the matrix speed is two operations per parameter and token, over those of a large
+matrix product in the same process.
 """
 
 import argparse
@@ -153,33 +155,57 @@ def step_ours(work: dict) -> dict:
             "tokens": statistics.mean(row["completion_tokens"] for row in rows)}
 
 
-def timed_sampling(work: dict, model, generate) -> dict:
+def end_at(lengths: list[int], end: int) -> None:
+    """From now on row i of what is drawn has `end` at place lengths[i], and never before.
+
+    Finished rows may leave or stay. Both samplers draw with multinomial, once per place.
+    """
+    import torch
+    draw, place = torch._C.TensorBase.multinomial, 0
+
+    def multinomial(probabilities, *rest, **named):         # (R, V) -> (R, 1)
+        nonlocal place
+        place, drawn = place + 1, draw(probabilities, *rest, **named)
+        alive = [length for length in lengths if length >= place]
+        last = torch.tensor(alive if len(drawn) == len(alive) else lengths)[:, None] == place
+        return torch.where(last, end, drawn.masked_fill(drawn == end, end + 1))
+
+    torch.multinomial = torch.Tensor.multinomial = multinomial
+
+
+def timed_sampling(work: dict, model, end: int, generate) -> dict:
     """Of generate(round), which returns the tokens of each answer."""
     import torch
-    taken, lengths, shares, a = [], [], [], torch.randn(1024, 1024)
-    for _ in range(20):  # the last one counts
+    taken, made, shares, speed, a = [], [], [], 0.0, torch.randn(1024, 1024)
+    for _ in range(20):
         begin = time.perf_counter()
         a @ a
-        peak = 2 * 1024**3 / (time.perf_counter() - begin)
+        speed = max(speed, 2 * 1024**3 / (time.perf_counter() - begin))
     size = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     for i in range(work["rounds"]):
+        draw, rows = random.Random(i), work["prompts"] * work["n"]
+        lengths = [min(work["answer"], 1 + int(draw.expovariate(1 / work["mean"])))
+                   for _ in range(rows)]
+        end_at(lengths, end)
         begin = time.perf_counter()
-        made = [len(answer) for answer in generate(i)]
-        taken.append((time.perf_counter() - begin) / sum(made) * 1000)
-        shares.append(2 * size * 1000 / taken[-1] / peak)
-        lengths += made
-    return {"seconds": taken, "tokens": statistics.mean(lengths),
+        answers = generate(i)
+        taken.append((time.perf_counter() - begin) / sum(lengths) * 1000)
+        if sorted(map(len, answers)) != sorted(lengths):
+            sys.exit("the answers are not as long as they were meant to be")
+        shares.append(2 * size * 1000 / taken[-1] / speed)
+        made += lengths
+    return {"seconds": taken, "tokens": statistics.mean(made),
             "share": statistics.median(shares)}
 
 
 def sample_ours(work: dict) -> dict:
-    from sample import HFSampler
+    import sample
     before = peak_gb()
     model, tokenizer, problems = start_model(work)
-    stops = [tokenizer.eos_token_id, *range(0, model.config.vocab_size, work["mean"])]
-    sampler = HFSampler(model, tokenizer, stops, 1.0, work["answer"])
+    end = tokenizer.eos_token_id
+    sampler = sample.HFSampler(model, tokenizer, [end], 1.0, work["answer"])
     prompts = [p.prompt_ids for p in problems[:work["prompts"]]]
-    found = timed_sampling(work, model, lambda i: [
+    found = timed_sampling(work, model, end, lambda i: [
         r.completion_ids for group in sampler.generate(prompts, work["n"], i) for r in group])
     return {**found, "peak_gb": peak_gb() - before}
 
@@ -277,12 +303,12 @@ def sample_trl(work: dict) -> dict:
     import torch
     before = peak_gb()
     model, tokenizer, problems = start_model(work)
-    model.generation_config.eos_token_id = [*range(0, model.config.vocab_size, work["mean"])]
+    end = model.generation_config.eos_token_id = tokenizer.eos_token_id
     prompts = [list(p.prompt_ids) for p in problems[:work["prompts"]] for _ in range(work["n"])]
     trainer = trl_steps(work, model, tokenizer, [{"prompt": "-"}] * work["prompts"],
                         lambda **unused: [], 1)
     torch.manual_seed(0)
-    found = timed_sampling(work, model, lambda i: trainer._generate_single_turn(
+    found = timed_sampling(work, model, end, lambda i: trainer._generate_single_turn(
         prompts, None, {}, work["n"])[0])
     return {**found, "peak_gb": peak_gb() - before}
 

@@ -42,6 +42,8 @@ ON_GPU = torch.cuda.is_available()
 SHAPES = {  # vocabulary of Qwen2.5, or one that a CPU can sample from
     "small": {"hidden_size": 96, "intermediate_size": 560, "num_hidden_layers": 2,
               "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 512},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,  # for step.py
+             "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
              "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}}
 # (tokens of the longest answers, tokens of a micro-batch, prompts, answers each, tokens each)

@@ -1,7 +1,7 @@
 """How noisy is the gradient of a step, with each unbiased objective? At the policy's start.
 
     python benchmarks/noise.py                                     the toy, two minutes
-    python benchmarks/noise.py --count 32 --model runs/smollm2 --data runs/sums.jsonl \\
+    python benchmarks/noise.py --count 32 --model runs/smollm2 --data runs/divisors.jsonl \\
         --lora-rank 8 --max-new-tokens 12                          after benchmarks/smollm2.py
 
 --count prompts are drawn at random from the training data, and n answers to

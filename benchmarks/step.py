@@ -1,12 +1,13 @@
 """Where does a step's time go? Training steps with each sampler, by train.py's own log.
 
     .venv-vllm/bin/python benchmarks/step.py         the toy
-    .venv-vllm/bin/python benchmarks/step.py --model runs/smollm2 --data runs/sums.jsonl \\
+    .venv-vllm/bin/python benchmarks/step.py --model runs/smollm2 --data runs/divisors.jsonl \\
         --prompts 8                                  after benchmarks/smollm2.py
 
 Each run is a process of its own (a peak never goes down, and vLLM keeps its share of a GPU). The
 samplers take turns, A B A B, and the medians are over all their steps but each run's first.
-Without vLLM the plain sampler alone is measured. Writes --out as JSON.
+Without vLLM the plain sampler alone is measured. --cpu-time takes seconds of the processor, which
+other jobs disturb less. Writes --out as JSON.
 """
 
 import argparse
@@ -24,13 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"sample": "sample_seconds", "grade": "grade_seconds", "learn": "learn_seconds",
          "sync": "evaluate_seconds"}
 QUICK = ["--limit", "2", "--eval-n", "4", "--save-every", "1000"]
+CPU_CLOCK = (f"import sys, time; sys.path[0] = {str(ROOT)!r}; import train; "
+             "time.perf_counter = time.process_time; train.cli.run_script(train.main)")
 
 
-def steps(flags: list[str], sampler: str, count: int) -> list[dict]:
+def steps(flags: list[str], sampler: str, count: int, cpu_time: bool) -> list[dict]:
     """Rows of metrics.jsonl of a run of that many steps behind a first one."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), *flags, "--sampler", sampler,
-                   "--steps", str(count + 1), *QUICK, "--run", f"{folder}/run"]
+        program = ["-c", CPU_CLOCK] if cpu_time else [str(ROOT / "train.py")]
+        command = [sys.executable, *program, *flags, "--sampler", sampler, "--steps",
+                   str(count + 1), *QUICK, "--run", f"{folder}/run"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -48,12 +52,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor")
     parser.add_argument("--out", type=Path, default=Path("runs/step.json"))
     args, flags = parser.parse_known_args()             # every other flag is train.py's
     rows = {name: [] for name in (("hf", "vllm") if importlib.util.find_spec("vllm") else ("hf",))}
     for _ in range(args.rounds):
         for name in rows:
-            rows[name] += steps(flags, name, args.steps)
+            rows[name] += steps(flags, name, args.steps, args.cpu_time)
     table = {}
     print("sampler   tokens/s   seconds per step =   sample    grade    learn     sync   peak GiB")
     for name, own in rows.items():
