@@ -18,3 +18,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process waits for another at the end."""
+    longest = ("test_walkthrough.py", "test_faults.py", "test_ablate.py")
+    items.sort(key=lambda item: item.path.name not in longest)

@@ -554,6 +554,6 @@ def test_a_line_shows_the_mean_since_the_last_one(capsys):
     assert all(len(line) <= 100 for lines in said for line in lines)
     assert "reward 0.000  pass@2 0.000" in printed[1][1] and "cut off" in printed[1][0]
     [third], [sixth], [last] = printed[3], printed[6], printed[30]
-    assert "reward 0.400  pass@k 0.200" in third and third.endswith("4.00 s  not graded 1.5")
-    assert "reward 0.300  pass@k 0.400" in sixth and "graded" not in sixth
+    assert "reward 0.400  pass@2 0.200" in third and third.endswith("4.00 s  not graded 1.5")
+    assert "reward 0.300  pass@2 0.400" in sixth and "graded" not in sixth
     assert "reward 0.200" in last
