@@ -14,6 +14,7 @@ centred weights, GRPO's advantage. Noise: the group maximum drowns in it.
 Shapes: T hidden types, A actions, n samples per prompt, O = A^n outcomes.
 """
 
+import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -192,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main() if not sys.argv[1:] else print(__doc__)

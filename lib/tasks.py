@@ -92,13 +92,9 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
     if not problems:
         why = f": none of its {total} is in this part; give --eval-data" if total else ""
         raise UserError(f"data set {name_or_path!r} holds no problems{why}")
-    return limited(problems, limit)
-
-
-def limited(problems: list[Problem], limit: int | None) -> list[Problem]:
-    if not limit or limit >= len(problems):
-        return problems
-    return sorted(problems, key=lambda p: digest(p.question + "/limit"))[:limit]
+    if limit and limit < len(problems):
+        problems = sorted(problems, key=lambda p: digest(p.question + "/limit"))[:limit]
+    return problems
 
 
 def split_name(name: str) -> list[str]:
@@ -117,15 +113,14 @@ def train_and_eval(data: str, eval_data: str | None, eval_limit: int | None):
     elif eval_data is None:
         data = data.removesuffix(":train")
         data, eval_data = f"{data}:train", f"{data}:test"
-    held_out = load_problems(eval_data)
-    questions = {normal(p.question) for p in held_out}
+    questions = {normal(p.question) for p in load_problems(eval_data)}
     problems = load_problems(data)
     kept = [p for p in problems if normal(p.question) not in questions]
     if not kept:
         raise UserError(f"every problem of {data!r} is in {eval_data!r}: nothing to train on")
     if len(kept) < len(problems):
         print(f"left out {len(problems) - len(kept)} problems of {data}: they are in {eval_data}")
-    return kept, limited(held_out, eval_limit), data, eval_data
+    return kept, load_problems(eval_data, eval_limit), data, eval_data
 
 
 def read_jsonl(path: Path) -> list[Problem]:

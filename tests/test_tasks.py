@@ -135,7 +135,7 @@ def test_a_training_set_keeps_its_levels_in_its_evaluation(monkeypatch):
     monkeypatch.setattr(tasks, "load_problems", load)
     names = tasks.train_and_eval("math:1-2", None, 5)[2:]
     assert names == ("math:1-2", "math500:1-2")
-    assert asked == [("math500:1-2", None), ("math:1-2", None)]
+    assert asked == [("math500:1-2", None), ("math:1-2", None), ("math500:1-2", 5)]
 
 
 def test_hub_data_goes_through_the_library_with_the_columns_and_levels_it_has(tmp_path):
