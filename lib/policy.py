@@ -30,7 +30,7 @@ transformers.utils.logging.disable_progress_bar()
 
 LORA_ALPHA = 32  # the adapter's scale is alpha / rank
 MAX_GRAD_NORM = 1.0
-LOGITS_AT_ONCE = 2**25  # 128 MB
+LOGITS_AT_ONCE = 2**25  # 128 MB, of learner and plain sampler
 GAP_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats per token
 TOKENS_TO_DECIDE = 64  # whether the sampler uses the adapter
 

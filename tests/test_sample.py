@@ -131,15 +131,16 @@ def test_many_small_batches_are_as_good_as_one_and_hold_less(
         sampler_of, monkeypatch, cache, rows_at_most):
     sampler, held = sampler_of(max_new_tokens=8), []
     vocabulary = sampler.model.get_output_embeddings().weight.shape[0]
-    monkeypatch.setattr(sample, "CACHE_TOKENS", cache)
-    monkeypatch.setattr(sample, "LOGITS", rows_at_most * vocabulary + 1)
     record(sampler, held)
-    groups = sampler.generate(PROMPTS, 5, seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "CACHE_TOKENS", cache)
+        patch.setattr(policy, "LOGITS_AT_ONCE", rows_at_most * vocabulary + 1)
+        groups = sampler.generate(PROMPTS, 5, seed=3)
+        assert groups == sampler.generate(PROMPTS, 5, seed=3)
     assert [[r.prompt_ids for r in group] for group in groups] == [[p] * 5 for p in PROMPTS]
     assert all(rows * tokens <= cache for rows, tokens in held if rows > 1)
     assert max(rows for rows, _ in held) <= max(1, rows_at_most)
     assert len(set(ids_of(groups))) > 20  # no batch repeats another's random numbers
-    assert groups == sampler.generate(PROMPTS, 5, seed=3)
     assert_truthful(sampler, flat(groups))
 
 
