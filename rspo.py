@@ -62,8 +62,7 @@ def pass_at_k_weights(rewards, k: int | str) -> Tensor:
     rewards = _checked(rewards, k, binary=True, harmonic=True)
     gains = _gains(rewards, k)  # (n,)
     wrong = (rewards == 0).sum(-1, keepdim=True)  # (..., 1)  n - c
-    # c = 0 would be out of range; every reward is 0 there
-    return gains[wrong.clamp(max=len(gains) - 1)] * rewards  # (..., n)
+    return gains[wrong.clamp(max=len(gains) - 1)] * rewards  # (..., n)  0 where c = 0
 
 
 def max_at_k_weights(rewards, k: int | str) -> Tensor:
