@@ -256,3 +256,9 @@ def test_without_a_package_it_ends_in_one_sentence(tmp_path, package):
                           env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == f"bandit.py needs {package}: `make demo` sets up .venv with it\n"
+
+
+def test_with_any_word_it_only_says_what_it_is():
+    done = subprocess.run([sys.executable, bandit.__file__, "--help"], capture_output=True,
+                          text=True)
+    assert done.stdout.strip() == bandit.__doc__.strip() and done.stderr == ""

@@ -158,6 +158,14 @@ def test_a_blank_is_next_wherever_it_is(report_with, name):
     assert f"done; next: {name}\n" in text and "not filled in yet" in text
 
 
+def test_what_is_wrong_is_told_from_what_is_not_begun(report_with):
+    blank = re.search(rf"def {NAMES[0]}\(.*?NotImplementedError$", BLANKS.read_text(),
+                      flags=re.M | re.S)
+    text = report_with(f"{blank[0]}\n\n\ndef {NAMES[2]}(rewards, weights):\n    return 7.0")
+    states = re.findall(r"^\d (.{4}) \w+$", text, flags=re.M)
+    assert states == ["    ", "done", "no  ", *["done"] * (len(NAMES) - 3)]
+
+
 def test_make_exercises_is_there():
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^exercises: \.venv/ready\n\t\.venv/bin/python exercises/check\.py$",
