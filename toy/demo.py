@@ -49,7 +49,7 @@ def train(folder: Path, ks=KS, flags=FLAGS) -> dict[int, Path]:
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
     with tqdm(total=len(ks) * cli.SETTINGS["steps"].toy, desc=label, file=sys.stdout, ncols=80,
               mininterval=1, bar_format=form) as bar:
-        bar.set_postfix_str("testing untrained ones")
+        bar.set_postfix_str("testing the untrained toy")
         while any(process.poll() is None for process in processes):
             time.sleep(0.2)
             rewards = [column(path, "reward") for path in runs.values()]
