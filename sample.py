@@ -40,6 +40,7 @@ from lib import policy, run, tasks
 from lib.cli import UserError
 
 CACHE_TOKENS = 2**18  # tokens that HFSampler holds at a time
+LOGITS = 2**27  # and logits, of a vocabulary of 150,000 half a gigabyte
 NOT_FINITE = "the policy's probabilities are NaN or infinite"
 REMEDIES = {  # what vLLM's error speaks of
     "ompiler": "install gcc and Python's headers (build-essential, python3-dev)",
@@ -77,9 +78,10 @@ class HFSampler:
         groups = [[] for _ in prompts]
         waiting = [i for i in range(len(prompts)) for _ in range(n)]
         waiting.sort(key=lambda i: -len(prompts[i]))  # little padding
+        most = LOGITS // self.model.get_output_embeddings().weight.shape[0]
         while waiting:
             tokens = len(prompts[waiting[0]]) + self.max_new_tokens
-            batch = waiting[:max(1, CACHE_TOKENS // tokens)]
+            batch = waiting[:max(1, min(most, CACHE_TOKENS // tokens))]
             waiting = waiting[len(batch):]
             with policy.precision(self.model):  # as the learner computes
                 answers = self._decode(prompts, batch, randomness)
