@@ -99,9 +99,10 @@ class HFSampler:
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)  # (P, L), (P, L)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (P, L)
 
-        # Read each prompt once; its answers start from copies of that.
+        # Read each prompt once; its answers start from copies of that. A number of logits
+        # to keep would make a strided slice, for which a CPU copies the head per prompt.
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
-                          position_ids=positions, logits_to_keep=1)
+                          position_ids=positions, logits_to_keep=tensor([-1]))
         copies = tensor([asked.index(i) for i in batch])  # (R,)
         cache = read.past_key_values
         cache.reorder_cache(copies)
