@@ -60,6 +60,8 @@ TRAIN = ("--lora-rank 8 --no-gradient-checkpointing --micro-batch-tokens 2048 "
          "--limit 8 --eval-n 2").split()  # its own evaluation: not used
 COLUMNS = ("step", "reward", "entropy", "distinct_correct",
            "sample_seconds", "learn_seconds", "peak_memory_gb")
+# 128 answers at a time, as in training: the logits of 1,024 and a large vocabulary take 17 GB
+SAMPLE = "import sys, sample; sample.HFSampler.block = 8; sample.main(sys.argv[1:])"
 # glibc keeps freed memory: else the kernel clears pages for a third of the time
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(2**28),
                "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
@@ -76,15 +78,15 @@ def work(what: Experiment, job: tuple) -> None:
     new = ["--model", what.model, "--data", f"{data}:train", "--eval-data", f"{data}:select",
            "--k", k, "--objective", objective, "--lr", rate, "--seed", seed, "--prompts",
            what.prompts, "--steps", what.steps, *TRAIN, *alike, "--run", run]
-    todo = [["sample.py", "--model", run if k else what.model, "--data", f"{data}:{part}",
+    todo = [["-c", SAMPLE, "--model", run if k else what.model, "--data", f"{data}:{part}",
              "--limit", limit_of(what, job), *alike, "--out", path_of(what, job, ".jsonl")]]
     if k and not ablate.result(run):
         todo.insert(0, ["train.py", *(["--resume", run] if run.exists() else new)])
     with path_of(what, job, ".log").open("a") as log:
-        for script, *words in todo:
-            if subprocess.run([sys.executable, ROOT / script, *map(str, words)], stdout=log,
-                              stderr=log, env=os.environ | ENVIRONMENT).returncode:
-                cli.fail(f"{script} stopped, see {log.name}; the same command goes on")
+        for words in todo:
+            if subprocess.run([sys.executable, *map(str, words)], stdout=log, stderr=log,
+                              env=os.environ | ENVIRONMENT).returncode:
+                cli.fail(f"a job stopped, see {log.name}; the same command goes on")
 
 
 def samples_of(what: Experiment, job: tuple) -> Samples | None:
