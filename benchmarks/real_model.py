@@ -36,23 +36,21 @@ from lib import cli, tasks
 
 class Experiment(NamedTuple):
     model: Path
-    task: str  # the data is runs/TASK.jsonl
     out: Path
-    arms: tuple[str, ...]
-    rates: tuple[str, ...]  # one of them is chosen for each k
-    prompts: int  # per step
+    task: str = "divisors"  # the data is runs/TASK.jsonl
+    rates: tuple[str, ...] = ("1e-4", "4e-4")  # one of them is chosen for each k
+    prompts: int = 8  # per step
     steps: int = 20
-    seeds: tuple[int, ...] = (31, 32, 33)
+    new_tokens: int = 4  # longest answer
     select: int = 80  # problems to choose on
     final: int = 160  # problems to compare on
+    seeds: tuple[int, ...] = (31, 32, 33)
 
 
-ARMS = {"before": (0, ""), "k1": (1, "passk"), "k8": (8, "passk"), "groupmax8": (8, "groupmax")}
-SMOLLM2 = Experiment(Path("runs/smollm2"), "divisors", Path("runs/real"), tuple(ARMS),
-                     ("1e-4", "2e-4", "4e-4"), prompts=16)
-ANOTHER = SMOLLM2._replace(arms=tuple(ARMS)[:3], rates=("1e-4", "4e-4"), prompts=8)
-NEW_TOKENS = {"divisors": 4, "products": 10}  # longest answer
-COUNTED = {"divisors": "answer", "products": "right answers of 16"}
+ARMS = {"before": 0, "k1": 1, "k8": 8}
+SMOLLM2 = Experiment(Path("runs/smollm2"), Path("runs/real"), prompts=16,
+                     rates=("1e-4", "2e-4", "4e-4"))
+TASKS = {"divisors": {}, "products": {"steps": 12, "new_tokens": 10, "select": 40, "final": 150}}
 KS = (1, 2, 4, 8, 16)
 BINS = (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 16)  # right answers of 16
 ALIKE = "--n 16 --dtype bfloat16 --sampler hf --temperature 1".split()
@@ -73,11 +71,11 @@ limit_of = lambda what, job: what.select if job[0] == "select" else what.final
 def work(what: Experiment, job: tuple) -> None:
     """Train, unless that is done, and sample answers to the held-out problems."""
     (phase, arm, rate, seed), run, data = job, path_of(what, job), f"runs/{what.task}.jsonl"
-    (k, objective), part = ARMS[arm], "select" if phase == "select" else "test"
-    alike = [*ALIKE, "--max-new-tokens", NEW_TOKENS[what.task]]
+    k, part = ARMS[arm], "select" if phase == "select" else "test"
+    alike = [*ALIKE, "--max-new-tokens", what.new_tokens]
     new = ["--model", what.model, "--data", f"{data}:train", "--eval-data", f"{data}:select",
-           "--k", k, "--objective", objective, "--lr", rate, "--seed", seed, "--prompts",
-           what.prompts, "--steps", what.steps, *TRAIN, *alike, "--run", run]
+           "--k", k, "--lr", rate, "--seed", seed, "--prompts", what.prompts,
+           "--steps", what.steps, *TRAIN, *alike, "--run", run]
     todo = [["-c", SAMPLE, "--model", run if k else what.model, "--data", f"{data}:{part}",
              "--limit", limit_of(what, job), *alike, "--out", path_of(what, job, ".jsonl")]]
     if k and not ablate.result(run):
@@ -111,16 +109,16 @@ def choose(what: Experiment) -> tuple[dict[str, str], str]:
         if not all(found.values()):
             cli.fail("the selection is not finished: leave out --report")
         means = {rate: curve_of(arm, [found[rate]]).values.mean((0, 1)) for rate in what.rates}
-        chosen[arm] = max(what.rates, key=lambda rate: means[rate][KS.index(ARMS[arm][0])])
+        chosen[arm] = max(what.rates, key=lambda rate: means[rate][KS.index(ARMS[arm])])
         lines += [f"{arm:9s}{rate:>6s}  {means[rate][0]:6.3f}  {means[rate][KS.index(8)]:6.3f}"
                   + "  chosen" * (rate == chosen[arm]) for rate in what.rates]
-    return {**chosen, "groupmax8": chosen["k8"]}, "\n".join(lines)
+    return chosen, "\n".join(lines)
 
 
 def shares(seeds: list[Samples]) -> dict[str, float]:
     """Share of each text among all answers, the most frequent first.
 
-    Where each problem has an answer of its own: of the problems by how many are right.
+    Of products, where each problem has an answer of its own: by how many answers are right.
     """
     if seeds[0].problems[0].task == "math":
         right = [int(sum(rewards)) for s in seeds for rewards in tasks.grade_all(*s[:2])[0]]
@@ -159,10 +157,10 @@ def report(found: dict[str, list[Samples]], rows: dict[str, list[list[dict]]]) -
     return "\n\n".join(parts)
 
 
-def draw(found: dict[str, list[Samples]], task: str, path: Path) -> None:
+def draw(found: dict[str, list[Samples]], path: Path) -> None:
     """Left: pass@k with bands. Right: the shares."""
     left, right = (figure := Figure(figsize=(10, 4.2), layout="constrained")).subplots(1, 2)
-    names = [f"k = {arm[1:]}" if arm[0] == "k" else arm for arm in found]
+    names = [f"k = {ARMS[arm]}" if ARMS[arm] else arm for arm in found]
     evaluate.draw_curves(left, [curve_of(*each) for each in zip(names, found.values())])
     said, looks = [shares(seeds) for seeds in found.values()], evaluate.looks_of(names)
     top, width = list(said[-1])[:8], 0.8 / len(said)
@@ -170,7 +168,8 @@ def draw(found: dict[str, list[Samples]], task: str, path: Path) -> None:
         right.bar([x + width * (i + 0.5) - 0.4 for x in range(len(top))],
                   [each.get(text, 0) for text in top], width, edgecolor="white",
                   color=looks[i]["color"], hatch=("", "//", "..", "xx")[i])
-    right.set(xticks=range(len(top)), xticklabels=top, xlabel=COUNTED[task], ylabel="share")
+    counted = "right answers of 16" if top[0] == "0" else "answer"
+    right.set(xticks=range(len(top)), xticklabels=top, xlabel=counted, ylabel="share")
     figure.savefig(path, dpi=150)
 
 
@@ -178,17 +177,15 @@ def settle(argv: list[str] | None):
     """What was asked for, and the experiment it is."""
     args = cli.parse(__doc__, {
         "model": cli.Setting("folder of another model", kind=Path),
-        "task": cli.Setting("what it is asked", kind=str, choices=tuple(NEW_TOKENS)),
+        "task": cli.Setting("what it is asked", "divisors", choices=tuple(TASKS)),
         "report": cli.Setting("run nothing", False)}, argv)
-    if not args.model:
-        if args.task:
-            cli.fail("--task needs --model FOLDER: SmolLM2 is asked for divisors only")
-        return args, SMOLLM2
-    if not (args.model / "config.json").exists():
-        cli.fail(f"--model is {args.model}, but must be a folder with a config.json")
-    task = args.task or "divisors"
-    return args, ANOTHER._replace(model=args.model, task=task,
-                                  out=SMOLLM2.out / f"{args.model.name}-{task}")
+    model, task = args.model, args.task or "divisors"
+    if not model and task != "divisors":
+        cli.fail(f"--task is {task}, but SmolLM2 is asked for divisors only: give --model FOLDER")
+    if model and not (model / "config.json").exists():
+        cli.fail(f"--model is {model}, but must be a folder with a config.json")
+    other = model and Experiment(model, SMOLLM2.out / f"{model.name}-{task}", task, **TASKS[task])
+    return args, other or SMOLLM2
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     run([("select", arm, rate, 21) for rate in what.rates for arm in ("k1", "k8")])
     rates, table = choose(what)
     jobs = {arm: [("final", arm, rates[arm], seed) for seed in what.seeds[:None if k else 1]]
-            for arm in what.arms for k, _ in [ARMS[arm]]}
+            for arm, k in ARMS.items()}
     run(sum(jobs.values(), []))
     of = partial(samples_of, what)
     of(*jobs["before"]) or cli.fail("the answers before training are not finished")
@@ -210,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = {arm: [ablate.result(path_of(what, job))[1] for job in jobs[arm]]
             for arm in list(found)[1:]}
     print(table, f"finished: {', '.join(found)}", report(found, rows), sep="\n\n")
-    draw(found, what.task, what.out / f"{what.model.name}-{what.task}.png")
+    draw(found, what.out / f"{what.model.name}-{what.task}.png")
 
 
 if __name__ == "__main__":
