@@ -50,7 +50,7 @@ class Experiment(NamedTuple):
 ARMS = {"before": 0, "k1": 1, "k8": 8}
 SMOLLM2 = Experiment(Path("runs/smollm2"), Path("runs/real"), prompts=16,
                      rates=("1e-4", "2e-4", "4e-4"))
-TASKS = {"divisors": {}, "products": {"steps": 12, "new_tokens": 10, "select": 40, "final": 150}}
+TASKS = {"divisors": {}, "products": {"steps": 12, "new_tokens": 8, "select": 40, "final": 150}}
 KS = (1, 2, 4, 8, 16)
 BINS = (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 16)  # right answers of 16
 ALIKE = "--n 16 --dtype bfloat16 --sampler hf --temperature 1".split()

@@ -6,8 +6,8 @@
     python train.py --model runs/smollm2 --data runs/divisors.jsonl --k 8 ...  (see LOG.md)
 
 The GGUF weights are dequantised to bfloat16 and saved as safetensors. The tasks: find a
-divisor, as the toy does (runs/divisors.jsonl), and multiply two numbers of two digits
-(runs/products.jsonl). Each problem brings its own prompt with three examples.
+divisor, as the toy does (runs/divisors.jsonl), and multiply two numbers of two digits, one
+of them at most 30 (runs/products.jsonl). Each problem brings a prompt with three examples.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import cli, tasks
 
 EXAMPLES = ((11207, 7), (38391, 3), (32329, 11))
-FACTORS = ((47, 83), (26, 59), (91, 34))
+FACTORS = ((47, 23), (16, 59), (91, 24))
 
 
 def make_model(out: Path, gguf: Path | None = None) -> None:
@@ -57,14 +57,14 @@ def divisors(count: int = 4000):
                "answer": str(number), "task": "divisor", "prompt": f"{turns}{number}/"}
 
 
-def products(count: int = 4000):
+def products():
     """Rows of problems: no two of them have the same factors."""
     line = lambda a, b: f"{a}*{b} ="
     shown = {frozenset(pair) for pair in FACTORS}
-    pairs = [(a, b) for a in range(11, 100) for b in range(11, a + 1) if {a, b} not in shown]
-    turns = "".join(f"{line(a, b)} \\boxed{{{a * b}}}<|im_end|>\n" for a, b in FACTORS)
+    pairs = [(a, b) for b in range(11, 31) for a in range(b, 100) if {a, b} not in shown]
+    turns = "".join(f"{line(a, b)} \\boxed{a * b}<|im_end|>\n" for a, b in FACTORS)
     draw = random.Random(0)
-    for pair in draw.sample(pairs, count):
+    for pair in draw.sample(pairs, len(pairs)):
         a, b = draw.sample(pair, 2)
         yield {"id": f"product-{a}-{b}", "problem": f"{a}*{b}", "answer": str(a * b),
                "prompt": f"{turns}{line(a, b)}"}
