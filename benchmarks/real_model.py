@@ -58,7 +58,7 @@ TRAIN = ("--lora-rank 8 --no-gradient-checkpointing --micro-batch-tokens 2048 "
          "--limit 8 --eval-n 2").split()  # its own evaluation: not used
 COLUMNS = ("step", "reward", "entropy", "distinct_correct",
            "sample_seconds", "learn_seconds", "peak_memory_gb")
-# 128 answers at a time, as in training: the logits of 1,024 and a large vocabulary take 17 GB
+# 128 answers at a time, as in training: less memory
 SAMPLE = "import sys, sample; sample.HFSampler.block = 8; sample.main(sys.argv[1:])"
 # glibc keeps freed memory: else the kernel clears pages for a third of the time
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(2**28),

@@ -89,13 +89,14 @@ def test_no_pair_of_factors_is_in_two_parts_or_among_the_examples(tmp_path):
     parts = [[p for p in tasks.load_problems(f"{path}:{part}")]
              for part in ("train", "select", "test")]
     pairs = [frozenset(map(int, p.question.split("*"))) for part in parts for p in part]
-    assert len(pairs) == len(set(pairs)) == 4000
+    assert len(pairs) == len(set(pairs)) == 20 * 70 + 20 * 19 // 2 - len(smollm2.FACTORS)
     assert not set(pairs) & {frozenset(pair) for pair in smollm2.FACTORS}
-    assert len(parts[1]) >= 80 and len(parts[2]) >= 160
+    products = real_model.TASKS["products"]
+    assert len(parts[1]) >= products["select"] and len(parts[2]) >= products["final"]
     for p in parts[2]:
         a, b = map(int, p.question.split("*"))
-        assert 10 < a < 100 and 10 < b < 100 and int(p.answer) == a * b
-        assert p.prompt.startswith("47*83 = \\boxed{3901}<|im_end|>\n")
+        assert 10 < a < 100 and 10 < b < 100 and min(a, b) <= 30 and int(p.answer) == a * b
+        assert p.prompt.startswith("47*23 = \\boxed1081<|im_end|>\n")
         assert p.prompt.endswith(f"\n{p.question} =")
 
 
@@ -189,7 +190,7 @@ def test_training_and_sampling_get_the_same_answers_and_other_problems(another, 
     value = lambda words, flag: str(words[words.index(flag) + 1])
     for flag, wanted in (("--k", "8"), ("--lr", "1e-4"), ("--seed", "31"), ("--prompts", "8"),
                          ("--steps", "12"), ("--data", "runs/products.jsonl:train"),
-                         ("--max-new-tokens", "10")):
+                         ("--max-new-tokens", "8")):
         assert value(train, flag) == wanted
     assert value(draw, "--data") == "runs/products.jsonl:test"
     assert value(draw, "--limit") == "150"
@@ -199,7 +200,7 @@ def test_training_and_sampling_get_the_same_answers_and_other_problems(another, 
 
 def test_products_are_counted_by_how_many_answers_are_right():
     problems = [tasks.Problem(str(i), "12*34", "408") for i in range(4)]
-    box = lambda text: evaluate.Answer(f" \\boxed{{{text}}}", True)
+    box = lambda text: evaluate.Answer(f" \\boxed{text}", True)
     groups = [[box(408)] * right + [box(418)] * (15 - right) + [evaluate.Answer("408", True)]
               for right in (0, 1, 3, 15)]
     samples = [evaluate.Samples(problems, groups, {})]
