@@ -52,7 +52,7 @@ SMOLLM2 = Experiment(Path("runs/smollm2"), Path("runs/real"), prompts=16,
                      rates=("1e-4", "2e-4", "4e-4"))
 TASKS = {"divisors": {}, "products": {"steps": 12, "new_tokens": 8, "select": 40, "final": 150}}
 KS = (1, 2, 4, 8, 16)
-BINS = (0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 16)  # right answers of 16
+RIGHT = ("0", "1", "2 to 3", "4 to 7", "8 to 15", "16")  # answers of 16
 ALIKE = "--n 16 --dtype bfloat16 --sampler hf --temperature 1".split()
 TRAIN = ("--lora-rank 8 --no-gradient-checkpointing --micro-batch-tokens 2048 "
          "--limit 8 --eval-n 2").split()  # its own evaluation: not used
@@ -121,9 +121,9 @@ def shares(seeds: list[Samples]) -> dict[str, float]:
     Of products, where each problem has an answer of its own: by how many answers are right.
     """
     if seeds[0].problems[0].task == "math":
-        right = [int(sum(rewards)) for s in seeds for rewards in tasks.grade_all(*s[:2])[0]]
-        return {f"{low} to {high}" if low < high else str(low):
-                sum(low <= count <= high for count in right) / len(right) for low, high in BINS}
+        counts = Counter(int(sum(rewards)).bit_length() for samples in seeds
+                         for rewards in tasks.grade_all(*samples[:2])[0])
+        return {text: counts[i] / counts.total() for i, text in enumerate(RIGHT)}
     texts = Counter(a.text.strip() if a.finished else "(cut off)"
                     for samples in seeds for group in samples.groups for a in group)
     return {text: count / texts.total() for text, count in texts.most_common()}
@@ -168,7 +168,7 @@ def draw(found: dict[str, list[Samples]], path: Path) -> None:
         right.bar([x + width * (i + 0.5) - 0.4 for x in range(len(top))],
                   [each.get(text, 0) for text in top], width, edgecolor="white",
                   color=looks[i]["color"], hatch=("", "//", "..", "xx")[i])
-    counted = "right answers of 16" if top[0] == "0" else "answer"
+    counted = "right answers of 16" if top[0] == RIGHT[0] else "answer"
     right.set(xticks=range(len(top)), xticklabels=top, xlabel=counted, ylabel="share")
     figure.savefig(path, dpi=150)
 
@@ -202,8 +202,9 @@ def main(argv: list[str] | None = None) -> None:
             for arm, k in ARMS.items()}
     run(sum(jobs.values(), []))
     of = partial(samples_of, what)
-    of(*jobs["before"]) or cli.fail("the answers before training are not finished")
     found = {arm: each for arm in jobs if all(each := [*map(of, jobs[arm])])}
+    if "before" not in found or len(found) == 1:
+        cli.fail("not finished: the answers before training, or one k with all of its seeds")
     rows = {arm: [ablate.result(path_of(what, job))[1] for job in jobs[arm]]
             for arm in list(found)[1:]}
     print(table, f"finished: {', '.join(found)}", report(found, rows), sep="\n\n")

@@ -148,9 +148,11 @@ def test_without_a_finished_selection_nothing_is_chosen(folder):
         real_model.main(["--report"])
 
 
-def test_without_the_answers_before_training_nothing_is_compared(folder):
-    (folder / "final-before-0-31.jsonl").unlink()
-    with pytest.raises(cli.UserError, match="before training"):
+@pytest.mark.parametrize("lost", ["final-before", "final-k"])
+def test_without_answers_before_and_after_training_nothing_is_compared(folder, lost):
+    for path in folder.glob(f"{lost}*.jsonl"):
+        path.unlink()
+    with pytest.raises(cli.UserError, match="before training, or one k"):
         real_model.main(["--report"])
 
 
