@@ -50,7 +50,8 @@ class Experiment(NamedTuple):
 ARMS = {"before": 0, "k1": 1, "k8": 8}
 SMOLLM2 = Experiment(Path("runs/smollm2"), Path("runs/real"), prompts=16,
                      rates=("1e-4", "2e-4", "4e-4"))
-TASKS = {"divisors": {}, "products": {"steps": 12, "new_tokens": 8, "select": 40, "final": 150}}
+TASKS = {"divisors": {}, "products": {"rates": ("5e-5", "1e-4", "4e-4"), "steps": 12,
+                                      "new_tokens": 8, "select": 40, "final": 150}}
 KS = (1, 2, 4, 8, 16)
 RIGHT = ("0", "1", "2 to 3", "4 to 7", "8 to 15", "16")  # answers of 16
 ALIKE = "--n 16 --dtype bfloat16 --sampler hf --temperature 1".split()
