@@ -131,8 +131,9 @@ def shares(seeds: list[Samples]) -> dict[str, float]:
 
 
 def course(seeds: list[list[dict]]) -> str:
-    """Means over the seeds, of the first step and every fifth; median and largest value."""
-    text, shown = "", (0, *range(4, len(seeds[0]), 5))
+    """Means over the seeds: first step, every fifth, the last; median and largest value."""
+    steps = len(seeds[0])
+    text, shown = "", sorted({0, *range(4, steps, 5), steps - 1})
     for name in COLUMNS:
         every = [row[name] for rows in seeds for row in rows]
         values = *(fmean(rows[i][name] for rows in seeds) for i in shown), median(every), max(every)
