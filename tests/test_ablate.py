@@ -29,7 +29,7 @@ import train
 from lib import cli, run, tasks
 from lib.cli import UserError
 
-STEPS, LIMIT = 20, 4
+STEPS, LIMIT = 12, 4
 TINY = (f"--steps {STEPS} --prompts 2 --n 4 --eval-n 4 --save-every 4 --seeds 1 "
         f"--limit {LIMIT}").split()
 SETTINGS = [(name, label, setting) for name, (_, _, settings) in ablate.EXPERIMENTS.items()
