@@ -16,11 +16,9 @@ demo: .venv/ready
 	.venv/bin/python toy/demo.py
 
 # A process for each core, of one thread each: more would only wait for each other. A file of
-# tests stays with one process, as what it trains is used by all of it; the longest files begin
-# (tests/conftest.py).
+# tests stays with one process, as what it trains is used by all of it.
 test: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile \
-		--no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile tests
 
 exercises: .venv/ready
 	.venv/bin/python exercises/check.py

@@ -1,7 +1,7 @@
 """Experiments on the paper's claims: grids of train.py runs, and one report.
 
     python ablate.py                      list the experiments
-    python ablate.py alignment --quick    one, for the class: three minutes
+    python ablate.py alignment --quick    one, for the class: a minute
     python ablate.py all                  all on the toy, five seeds
     python ablate.py alignment --model Qwen2.5-Math-1.5B
 
@@ -83,8 +83,9 @@ def settle(argv: list[str]):
     seeds, scale = QUICK if args.quick else FULL
     if args.quick:
         few = lambda flags: flags["k"] in (1, 8) and "steps" not in flags
-        chosen = {name: {label: each for label, each in of.items() if few(each)} or of
-                  for name, of in chosen.items()}
+        for each, settings in chosen.items():
+            kept = {label: flags for label, flags in settings.items() if few(flags)}
+            chosen[each] = kept or settings
     seeds = range(seeds[0], seeds[0] + (args.seeds or len(seeds)))
     toy = cli.is_toy(args.model or "toy")
     flags = {**(scale if toy or args.quick else {}), **given}
@@ -270,12 +271,12 @@ def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
     """The curves, where they are few, and each seed; of `entropy`, its course over training."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    looks = evaluate.looks_of([curve.name for curve in curves])
     if len(curves) <= 5:
         evaluate.draw_curves(left, curves)
     else:
         draw_seeds(left, curves, 1)
     if name == "entropy":
+        looks = evaluate.looks_of([curve.name for curve in curves])
         for curve, look in zip(curves, looks):
             rows = [[row["entropy"] for row in rows] for _, rows, _ in results[curve.name].values()]
             mean = evaluate.running_mean(torch.tensor(rows).mean(0).tolist())

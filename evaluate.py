@@ -271,9 +271,16 @@ def plot(curves: list[Curve], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def best_of_k(rows: list[dict]) -> tuple[str, str]:
+    """The column pass@k or max@k, and what it is called: by its k, if all rows have the same."""
+    column = next(name for name in rows[0] if name.endswith("@k"))
+    ks = {row["k"] for row in rows}
+    return column, column[:-1] + (ks.pop() if len(ks) == 1 else "k")
+
+
 def plot_history(rows: list[dict], path: Path) -> None:
     """Six columns of metrics.jsonl over the steps of a run."""
-    best = next(key for key in rows[0] if key.endswith("@k"))
+    best, label = best_of_k(rows)
     columns = ("reward", best, "entropy", "zero_weight_prompts", "completion_tokens", "grad_norm")
     figure, look = Figure(figsize=(11, 5.6), layout="constrained"), {"color": "#0072b2"}
     axes = figure.subplots(2, 3, sharex=True).flat
@@ -281,7 +288,7 @@ def plot_history(rows: list[dict], path: Path) -> None:
         steps, values = zip(*((row["step"], row[column]) for row in rows))
         axis.plot(steps, values, alpha=0.3, linewidth=0.8, label="each step", **look)
         axis.plot(steps, running_mean(values), linewidth=2, label="mean of ten", **look)
-        axis.set(title=f"{best[:-1]}{rows[-1]['k']}" if column == best else column, xlabel="step")
+        axis.set(title=label if column == best else column, xlabel="step")
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)

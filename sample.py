@@ -122,7 +122,7 @@ class HFSampler:
             grown = (text * size + token)[alive]  # (R,)  a text and what continues it, as one
             grown, text = grown.unique(return_inverse=True)  # (S,), (R,)
             before, token = grown // size, grown % size  # (S,), (S,)
-            if not torch.equal(before, tensor(range(len(mask)))):
+            if not torch.equal(before, torch.arange(len(mask), device=before.device)):
                 cache.reorder_cache(before)  # some part, and finished ones leave
                 mask, position = mask[before], position[before]
             mask = pad(mask, (0, 1), value=1)  # (S, L + t + 1)

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import math
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -153,8 +152,6 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
     metric, n = "max" if batch[0].graded else "pass", len(groups[0])
     best = [rspo.max_at_k(rewards, n if k == "harmonic" else k).mean() for k in ks]
     right = {(p, groups[p][i].text) for p, i in (rewards == 1).nonzero().tolist()}
-    unit = 1 if sys.platform == "darwin" else 2**10
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # bytes
     return {
         "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
         f"{metric}@1": rspo.max_at_k(rewards, 1).mean().item(),
@@ -166,7 +163,7 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
         "entropy": -mean(sum(r.logprobs) for r in rollouts), **stats,
         "clipped": float(stats["grad_norm"] > policy.MAX_GRAD_NORM),
         **{part: end - begin for part, begin, end in zip(PARTS, clock, clock[1:])},
-        "peak_memory_gb": (torch.cuda.max_memory_allocated() or resident) / 2**30,
+        "peak_memory_gb": policy.peak_memory_gb(),
     }
 
 
@@ -199,10 +196,10 @@ def report_step(args, run: Run, row: dict) -> None:
         if low < mean[column] < high:
             tqdm.write(f"step {row['step']}: {name}: {sentence}")
             break
-    best = next(name for name in row if name.endswith("@k"))
+    best, label = evaluate.best_of_k(rows)
     seconds = sum(mean[part] for part in PARTS)
     line = (f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
-            f"{best[:-1]}{row['k']} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
+            f"{label} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
             f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s")
     if mean["grader_failures"]:
         line += f"  not graded {mean['grader_failures']:.2g}"

@@ -19,7 +19,6 @@ import importlib.metadata
 import importlib.util
 import json
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -233,8 +232,7 @@ def learn(shape: str, tokens: int, bits: str, activations: str) -> dict:
     for _ in range(3):
         update()
     seconds, lengths = (now() - begin) / 3, [policy.length(r) for r in rollouts]
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    peak = (torch.cuda.max_memory_allocated() or resident) / 2**30
+    peak = policy.peak_memory_gb()
     flops = sum(model_flops(learner.model.config, each) for each in lengths) / seconds
     speed, fits = sum(lengths) / seconds, learner.micro_batch_tokens
     return {"said": f"{speed:.0f} tokens/s  {flops / matmul:.1%} of matmul  {peak:.2f} GiB  "

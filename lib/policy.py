@@ -9,8 +9,10 @@ Shapes: B rollouts of at most L tokens, N completion tokens, D hidden, V vocabul
 
 import hashlib
 import os
+import resource
 import shutil
 import subprocess
+import sys
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
@@ -65,6 +67,13 @@ def pick_dtype(dtype: str) -> str:
     if dtype == "auto":
         return "bfloat16" if pick_device() == "cuda" else "float32"
     return dtype
+
+
+def peak_memory_gb() -> float:
+    """Most memory that the GPU, or without one the process, has held so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 2**10
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # bytes
+    return (torch.cuda.max_memory_allocated() or resident) / 2**30
 
 
 @contextmanager

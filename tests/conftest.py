@@ -18,9 +18,3 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that no process waits for another at the end."""
-    longest = ("walkthrough", "faults", "train", "policy", "grader", "evaluate", "ablate", "gpu")
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in longest)

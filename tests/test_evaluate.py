@@ -318,6 +318,14 @@ def test_a_method_has_one_look_in_every_figure():
     assert evaluate.looks_of(["k = 8", "k = 8, 5% flipped"])[0]["color"] == bandit.COLORS[8]
 
 
+@pytest.mark.parametrize("ks, metric, label", [
+    (["8", "8"], "pass", "pass@8"), (["1,4", "1,4"], "max", "max@1,4"),
+    (["8", "7"], "pass", "pass@k")])  # a schedule
+def test_the_column_of_the_training_k_is_called_by_its_k_where_it_has_one(ks, metric, label):
+    rows = [{"k": k, "reward": 0.1, f"{metric}@1": 0.1, f"{metric}@k": 0.5} for k in ks]
+    assert evaluate.best_of_k(rows) == (f"{metric}@k", label)
+
+
 DRAW = """if True:
     import json, sys
     from pathlib import Path
