@@ -29,7 +29,7 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch.nn.functional import pad
@@ -64,7 +64,7 @@ class HFSampler:
     block = 64  # prompts worth handing over in one call
 
     def __init__(self, model, tokenizer, stops, temperature, max_new_tokens):
-        self.model, self.tokenizer, self.stops = model, tokenizer, stops
+        self.model, self.stops, self.decode = model, stops, lru_cache(1024)(tokenizer.decode)
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
 
     def sync(self, model, version: int) -> None:
@@ -72,7 +72,6 @@ class HFSampler:
 
     def generate(self, prompts, n: int, seed: int) -> list[list[Rollout]]:
         """n rollouts [P][n] of each prompt. The seed decides all."""
-        self.model.eval()
         randomness = torch.Generator(self.model.device).manual_seed(seed)
         groups = [[] for _ in prompts]
         waiting = [i for i in range(len(prompts)) for _ in range(n)]
@@ -130,19 +129,18 @@ class HFSampler:
             logits = self.model(
                 input_ids=token[:, None], attention_mask=mask, position_ids=position,
                 past_key_values=cache, use_cache=True).logits  # (S, 1, V)
-        return [make_rollout(prompts[i], *answer, self.stops, self.tokenizer)
+        return [make_rollout(prompts[i], *answer, self.stops, self.decode)
                 for i, *answer in zip(batch, drawn.tolist(), logprobs.tolist())]
 
 
-def make_rollout(prompt, ids, logprobs, stops, tokenizer) -> Rollout:
+def make_rollout(prompt, ids, logprobs, stops, decode) -> Rollout:
     """Of what was drawn; behind its first end token it is padding."""
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     finished = end is not None
     ids = tuple(ids[:end + 1] if finished else ids)
     logprobs = tuple(logprobs[:len(ids)])
     said = ids[:-1] if finished else ids
-    text = tokenizer.decode(said, skip_special_tokens=False)
-    return Rollout(tuple(prompt), ids, logprobs, text, finished)
+    return Rollout(tuple(prompt), ids, logprobs, decode(said), finished)
 
 
 class VLLMSampler:
@@ -215,7 +213,7 @@ class VLLMSampler:
             answers = sorted(result.outputs, key=lambda each: each.index)
             groups.append([
                 make_rollout(prompt, [*each.token_ids], each.logprobs.logprobs,
-                             self.stops, self.tokenizer) for each in answers])
+                             self.stops, self.tokenizer.decode) for each in answers])
             if any(x != x for rollout in groups[-1] for x in rollout.logprobs):
                 raise policy.BrokenPolicy(NOT_FINITE)
         return groups

@@ -49,9 +49,10 @@ def peak_gb() -> float:
 
 # ---------------------------------------------------------------- what both do alike
 
-def start_model(work: dict):
-    """(model with an adapter whose B is not 0, tokenizer, problems): alike in both environments."""
+def start_model(work: dict, layers: str = "ours"):
+    """(model with an adapter whose B is not 0, tokenizer, problems); TRL with PEFT's layers."""
     import torch
+    from peft.tuners import lora
 
     from lib import policy, run, tasks
     base, _ = run.resolve_model(work["model"])
@@ -59,6 +60,9 @@ def start_model(work: dict):
     problems = tasks.load_problems(work["data"])
     problems = tasks.encode(problems, tokenizer, model.config, work["answer"])
     model = policy.add_lora(model, RANK, seed=0)
+    for module in model.modules():
+        if layers == "peft" and type(module) is policy.LoraLinear:
+            module.__class__ = lora.Linear
     if work["recompute"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(1)
@@ -265,7 +269,7 @@ def trl_steps(work: dict, model, tokenizer, rows: list[dict], reward, k: int, **
 def learn_trl(work: dict) -> dict:
     import integrations.trl_rspo  # noqa: F401  (what is imported is not counted as memory)
     before = peak_gb()
-    model, tokenizer, problems = start_model(work)
+    model, tokenizer, problems = start_model(work, "peft")
     made, rewards = given_answers(work, problems, min(len(tokenizer), model.config.vocab_size))
     given = lambda prompts, trainer: {
         "prompt_ids": [list(r.prompt_ids) for r in made],
@@ -282,7 +286,7 @@ def step_trl(work: dict) -> dict:
     from lib import tasks
     draw_rewards(work["share"])
     before, lengths = peak_gb(), []
-    model, tokenizer, problems = start_model(work)
+    model, tokenizer, problems = start_model(work, "peft")
     stops = model.generation_config.eos_token_id = sample.stop_ids(model, tokenizer)
 
     def reward(completions, completion_ids, problem, **unused):
@@ -302,7 +306,7 @@ def sample_trl(work: dict) -> dict:
     import integrations.trl_rspo  # noqa: F401
     import torch
     before = peak_gb()
-    model, tokenizer, problems = start_model(work)
+    model, tokenizer, problems = start_model(work, "peft")
     end = model.generation_config.eos_token_id = tokenizer.eos_token_id
     prompts = [list(p.prompt_ids) for p in problems[:work["prompts"]] for _ in range(work["n"])]
     trainer = trl_steps(work, model, tokenizer, [{"prompt": "-"}] * work["prompts"],

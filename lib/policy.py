@@ -13,6 +13,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
@@ -20,9 +21,12 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW
 from tqdm import tqdm
 
 import rspo
@@ -126,6 +130,7 @@ def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None
     if adapter is not None:
         with loading(str(adapter)):
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
+        use_lora_linear(model)
     return model.eval(), tokenizer
 
 
@@ -142,10 +147,39 @@ def add_lora(model, rank: int, seed: int) -> PeftModel:
     config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
                         target_modules="all-linear", task_type="CAUSAL_LM")
     try:
-        return get_peft_model(model, config).eval()
+        model = get_peft_model(model, config)
     except ValueError as error:  # Mamba, for one
         kind, reason = model.config.model_type, str(error).splitlines()[0][:200]
         raise UserError(f"PEFT puts no adapter on layers of {kind} models ({reason})") from error
+    use_lora_linear(model)
+    return model.eval()
+
+
+class LoraLinear(lora.Linear):
+    """PEFT's layer, x W^T + s (x A^T) B^T, that holds one result in place of four.
+
+    The large product comes last, so that recomputing activations can leave it out
+    where no more than its input is needed.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if self.disable_adapters:
+            return self.base_layer(x)
+        [name], base = self.active_adapters, self.base_layer
+        flat = x.flatten(0, -2).to(base.weight.dtype)  # (T, in)
+        small = self.lora_A[name](flat) * self.scaling[name]  # (T, r)
+        result = small @ self.lora_B[name].weight.T.contiguous()  # (T, out)
+        if base.bias is not None:
+            result += base.bias
+        return result.addmm_(flat, base.weight.T).unflatten(0, x.shape[:-1])
+
+
+def use_lora_linear(model: PeftModel) -> None:
+    """Not in 4 bits, nor where the adapter is another one than LoRA (DoRA)."""
+    for module in model.modules():
+        if (type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear
+                and not module.lora_variant):
+            module.__class__ = LoraLinear
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
@@ -191,7 +225,7 @@ def token_logprobs(model, rollouts: list, temperature: float) -> tuple[Tensor, T
 
     def chosen(hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = head(hidden).float().div_(temperature)  # (chunk, V)
-        return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        return -cross_entropy(logits, tokens, reduction="none")  # (chunk,)
 
     size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     if len(tokens) <= size:
@@ -214,14 +248,14 @@ def sampled_logprobs(rollouts: list) -> Tensor:
     return torch.tensor([x for rollout in rollouts for x in rollout.logprobs])  # (N,)
 
 
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows, longest first, in batches of one row or at most `budget` padded tokens."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(row)
+def micro_batches(rollouts: list, budget: int) -> list[list]:
+    """Rollouts, longest first, in batches of one or at most `budget` padded tokens."""
+    batches: list[list] = []
+    for rollout in sorted(rollouts, key=length, reverse=True):
+        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= budget:
+            batches[-1].append(rollout)
         else:
-            batches.append([row])
+            batches.append([rollout])
     return batches
 
 
@@ -233,9 +267,10 @@ class Learner:
     def __init__(self, model, lr, temperature, micro_batch_tokens: int, cap: float = 0):
         self.model, self.named = model, trainable(model)
         self.parameters = list(self.named.values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr, (0.9, 0.95), weight_decay=0.0)
+        self.optimizer = AdamW(self.parameters, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
         self.temperature, self.cap = temperature, cap
         self.micro_batch_tokens = micro_batch_tokens
+        self.recomputes = model.is_gradient_checkpointing
         self.adapter_arrived = False  # the sampler was seen to use it
         self.compared = torch.zeros(3)  # tokens, their gap to policy and base
 
@@ -246,19 +281,20 @@ class Learner:
         for good. Returns the norm before clipping and |learner - sampler| in
         nats per learned token. If it raises, no parameter was touched.
         """
-        first = {}  # equal answers are learned once, with the sum of their weights
-        at = torch.tensor([first.setdefault(r, i) for i, r in enumerate(rollouts)])  # (B,)
-        weights = torch.zeros_like(weights).index_add(0, at, weights)  # (B,)
-        kept = [i for i, weight in enumerate(weights.tolist()) if weight != 0]
+        total = defaultdict(float)  # equal answers are learned once, with the sum of weights
+        for rollout, weight in zip(rollouts, weights.tolist()):
+            if weight:
+                total[rollout] += weight
+        kept = {rollout: weight for rollout, weight in total.items() if weight}
         if not kept:
             return {"grad_norm": 0.0, "learned_tokens": 0,
                     "logprob_gap_mean": None, "logprob_gap_max": None}
         gap = None
         while gap is None:
             try:
-                gap = self._gradient(rollouts, weights, kept)  # (N,)
+                gap = self._gradient(kept, len(rollouts))  # (N,)
             except torch.OutOfMemoryError as error:
-                if self.micro_batch_tokens <= min(length(rollouts[i]) for i in kept):
+                if self.micro_batch_tokens <= min(map(length, kept)):
                     raise UserError(
                         "too little memory to learn one answer at a time: lower "
                         "--max-new-tokens or --gpu-memory") from error
@@ -267,37 +303,37 @@ class Learner:
                 tqdm.write(f"out of memory: --micro-batch-tokens is {self.micro_batch_tokens} now")
         norm = clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
         if not isfinite(norm):
-            guilty = self._guilty(rollouts, weights, kept)
-            raise BadNumbers(f"the gradient norm is {norm}", guilty)
-        self._check_sampler(gap, [rollouts[i] for i in kept])
+            raise BadNumbers(f"the gradient norm is {norm}", self._guilty(kept))
+        self._check_sampler(gap, list(kept))
         self.optimizer.step()
         return {"grad_norm": norm, "learned_tokens": len(gap),
                 "logprob_gap_mean": gap.mean().item(), "logprob_gap_max": gap.max().item()}
 
-    def _gradient(self, rollouts: list, weights: Tensor, kept: list[int]) -> Tensor:
-        """Leave the gradient of those kept in the parameters. -> gap (N,)."""
+    def _gradient(self, kept: dict, samples: int) -> Tensor:
+        """Leave the gradient of these rollouts with their weights. -> gap (N,)."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()  # recomputes activations where asked
-        lengths, gaps = [length(rollouts[i]) for i in kept], []
-        for batch in micro_batches(lengths, self.micro_batch_tokens):
-            batch = [kept[i] for i in batch]
-            chosen = [rollouts[i] for i in batch]
-            logprobs, row = token_logprobs(self.model, chosen, self.temperature)
-            sampled = sampled_logprobs(chosen).to(logprobs)  # (N,)
+        if self.recomputes:
+            self.model.train()  # only then does it
+        gaps = []
+        for batch in micro_batches(list(kept), self.micro_batch_tokens):
+            logprobs, row = token_logprobs(self.model, batch, self.temperature)
+            sampled = sampled_logprobs(batch).to(logprobs)  # (N,)
             gap = logprobs.detach() - sampled  # (N,)
-            weight = weights[batch].to(logprobs)[row]  # (N,)
+            weight = torch.tensor([kept[each] for each in batch]).to(logprobs)[row]  # (N,)
             if self.cap:  # importance ratio: learner's / sampler's probability
                 weight = weight * gap.exp().clamp(max=self.cap)  # (N,)
-            rspo.policy_gradient_loss(logprobs, weight, len(weights)).backward()
+            rspo.policy_gradient_loss(logprobs, weight, samples).backward()
             gaps.append(gap.abs().cpu())
+        if self.recomputes:
+            self.model.eval()
         return torch.cat(gaps)
 
-    def _guilty(self, rollouts: list, weights: Tensor, kept: list[int]):
+    def _guilty(self, kept: dict):
         """The rollout whose gradient alone is not finite, or None."""
-        for i in kept:
-            self._gradient(rollouts, weights, [i])
+        for rollout, weight in kept.items():
+            self._gradient({rollout: weight}, 1)
             if not clip_grad_norm_(self.parameters, MAX_GRAD_NORM).isfinite():
-                return rollouts[i]
+                return rollout
 
     @torch.no_grad()
     def _check_sampler(self, gap: Tensor, rollouts: list) -> None:
@@ -315,10 +351,9 @@ class Learner:
                 "top-k, top-p, or logits that change after the output layer")
         if self.adapter_arrived:
             return
-        lengths = [length(rollout) for rollout in rollouts]
-        batches = micro_batches(lengths, self.micro_batch_tokens)
+        batches = micro_batches(rollouts, self.micro_batch_tokens)
         while batches and self.compared[0] < TOKENS_TO_DECIDE:
-            few = [rollouts[i] for i in batches.pop()]  # the shortest first
+            few = batches.pop()  # the shortest first
             policy, _ = token_logprobs(self.model, few, self.temperature)  # (N,)
             with self.model.disable_adapter():
                 base, _ = token_logprobs(self.model, few, self.temperature)  # (N,)

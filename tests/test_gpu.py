@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers as tf
 from conftest import ROOT
+from peft.tuners import lora
 from safetensors import SafetensorError
 from test_policy import COMMON, CONFIGS, flat, gradients, save_model, with_adapter
 from test_sample import recording_vllm
@@ -331,7 +332,10 @@ def make_qwen(dtype, layers=4):
 @pytest.fixture
 def as_before(monkeypatch):
     """The adapter in float32 beside a base of 16 bits, as PEFT leaves it."""
+    own = policy.LoraLinear.forward
+
     def switch(on):
+        monkeypatch.setattr(policy.LoraLinear, "forward", lora.Linear.forward if on else own)
         monkeypatch.setattr(policy, "precision", lambda model: torch.autocast(
             "cpu", torch.bfloat16, model.dtype == torch.bfloat16 and not on))
     return switch

@@ -39,7 +39,7 @@ def test_its_vocabulary_and_its_rewards_are_those_of_the_project(model):
                 torch.randint(0, 13, (192, 12)), torch.randint(1, 4, (192, 12))):
         rewards = minimal.grade(numbers, ids)
         for i, row in enumerate(ids.tolist()):
-            answer = make_rollout(row[:6], row[6:], [0.0] * 6, STOPS, tokenizer)
+            answer = make_rollout(row[:6], row[6:], [0.0] * 6, STOPS, tokenizer.decode)
             expected = tasks.grade_divisor(answer.text, str(numbers[i // 64]))
             assert rewards.flatten()[i] == expected * answer.finished, answer.text
 
@@ -56,7 +56,8 @@ def test_its_first_gradient_is_that_of_the_project(model):
 
     model.zero_grad()
     tokenizer = policy.load_model(str(run.TOY))[1]
-    rollouts = [make_rollout(row[:6], row[6:], [0.0] * 6, STOPS, tokenizer) for row in ids.tolist()]
+    rollouts = [make_rollout(row[:6], row[6:], [0.0] * 6, STOPS, tokenizer.decode)
+                for row in ids.tolist()]
     logprobs, rows = policy.token_logprobs(model, rollouts, 1.0)  # (N,), (N,)
     weights = rspo.pass_at_k_weights(rewards, 8).flatten().float()[rows]  # (N,)
     rspo.policy_gradient_loss(logprobs, weights, len(rollouts)).backward()

@@ -24,8 +24,10 @@ from functools import cache
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rspo
 from lib import policy, run
@@ -258,7 +260,7 @@ def test_answers_whose_weights_cancel_are_not_learned(learner):
 def test_at_k_1_a_step_is_the_plain_policy_gradient_bit_for_bit(learner, objective):
     ours, plain, rollouts = adam(learner(), micro_batch_tokens=1), learner(), make_rollouts(8)
     own = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], 1e-2,
-                            (0.9, 0.95), weight_decay=0.0)
+                            (0.9, 0.95), weight_decay=0.0, fused=True)
     for rewards in (torch.tensor([[1., 0, 1, 0], [0, 0, 0, 1]]),
                     torch.tensor([[0., 1, 1, 1], [1, 1, 1, 0]])):
         step(ours, rollouts, rspo.OBJECTIVES[objective](rewards, 1).flatten())
@@ -269,8 +271,7 @@ def test_at_k_1_a_step_is_the_plain_policy_gradient_bit_for_bit(learner, objecti
             qwen = plain.base_model.model
             hidden = qwen.model(ids).last_hidden_state[0, start - 1:-1]  # (T, D)
             logits = qwen.lm_head(hidden) / 0.7  # (T, V)
-            chosen = logits[range(len(logits)), ids[0, start:]]  # (T,)
-            logprob = chosen - logits.logsumexp(-1)  # (T,)
+            logprob = logits.log_softmax(-1)[range(len(logits)), ids[0, start:]]  # (T,)
             (-reward * logprob.sum() / 8).backward()  # REINFORCE
         own.step()
         assert same(values(ours.model), values(plain))
@@ -331,10 +332,11 @@ def test_a_step_without_any_weight_changes_nothing(learner):
 
 @pytest.mark.parametrize("budget", [1, 17, 64, 300, 10**6])
 def test_micro_batches_hold_every_row_once_within_the_budget(budget):
-    lengths = [random.Random(i).randrange(1, 40) for i in range(100)]
-    batches = policy.micro_batches(lengths, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(100))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= budget
+    rollouts = [Rollout((i,) * random.Random(i).randrange(1, 40), (), (), "", False)
+                for i in range(100)]
+    batches = policy.micro_batches(rollouts, budget)
+    assert sorted(r.prompt_ids[0] for batch in batches for r in batch) == list(range(100))
+    assert all(len(batch) * max(map(length, batch)) <= budget
                for batch in batches if len(batch) > 1)
     assert (len(batches) == 100) == (budget == 1)
     assert (len(batches) == 1) == (budget == 10**6)
@@ -567,6 +569,65 @@ def test_recomputed_activations_give_the_same_gradient(learner, kind):
     assert calls.count(recomputed) == calls.count(kept) + 1
 
 
+def lora_layers(model, of=lora.Linear):
+    return [module for module in model.modules() if type(module) is of]
+
+
+@pytest.mark.parametrize("kind, theirs", [
+    *((kind, 0) for kind in ARCHITECTURES if kind != "gpt2"), ("gpt2", 8)])  # Conv1D
+def test_our_lora_layer_is_pefts(learner, kind, theirs):
+    model, rollouts, found = learner(kind).double(), make_rollouts(6), []  # rounding hides nothing
+    assert len(lora_layers(model)) == theirs
+    assert bool(lora_layers(model, policy.LoraLinear)) == (theirs == 0)
+    for _ in range(2):
+        model.zero_grad()
+        logprobs, _ = token_logprobs(model, rollouts, 1.0)
+        logprobs.sum().backward()
+        found.append((logprobs.double(), flat(gradients(model))))
+        for module in lora_layers(model, policy.LoraLinear):
+            module.__class__ = lora.Linear
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(*found))
+
+
+def test_an_adapter_that_was_trained_with_dropout_has_none_here(learner, folder, tmp_path):
+    learner().save_pretrained(tmp_path)
+    path, found = tmp_path / "adapter_config.json", []
+    for dropout in (0.0, 0.5):
+        config = json.loads(path.read_text()) | {"lora_dropout": dropout}
+        path.write_text(json.dumps(config))
+        model, _ = policy.load_model(folder("qwen2"), tmp_path, trainable_adapter=True)
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # so in training mode
+        step(adam(model), make_rollouts(6), torch.ones(6))
+        found.append(gradients(model))
+    assert same(*found)
+
+
+def test_dora_is_left_to_peft(folder, tmp_path):
+    base = policy.load_model(folder("qwen2"))[0]
+    dora = get_peft_model(base, LoraConfig(r=4, use_dora=True, target_modules="all-linear"))
+    dora.save_pretrained(tmp_path)
+    model, _ = policy.load_model(folder("qwen2"), tmp_path)
+    assert len(lora_layers(model)) == 14 and not lora_layers(model, policy.LoraLinear)
+
+
+def test_recomputing_leaves_out_the_last_product_of_a_layer(learner):
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, given=(), named=None):
+            if operation is torch.ops.aten.addmm_.default:
+                products.append(tuple(given[2].shape))  # of the weights
+            return operation(*given, **named or {})
+
+    products, model = [], learner()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ours, rollouts = adam(model, micro_batch_tokens=10**4), told(model, make_rollouts(6))
+    ours.adapter_arrived = True  # no further forward pass
+    with Products():
+        ours.update(rollouts, torch.ones(6))
+    layers, down, gate = COMMON["num_hidden_layers"], (48, 32), (32, 48)
+    assert products.count(down) == layers
+    assert products.count(gate) == 2 * 2 * layers  # gate and up, both twice
+
+
 # ---------------------------------------------------------------- 6. checkpoints
 
 @pytest.fixture
@@ -730,7 +791,8 @@ def test_a_model_that_is_not_here_is_refused_with_what_was_tried():
 
 # ---------------------------------------------------------------- 8. four bits
 
-def test_a_4bit_policy_is_its_dequantised_copy_to_the_bit(tmp_path):
+def test_a_4bit_policy_is_its_dequantised_copy_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(policy.LoraLinear, "forward", lora.Linear.forward)  # as in 4 bits
     rng = random.Random(0)
     draw = lambda count: tuple(rng.randrange(2, 12) for _ in range(count))
     answers = [draw(rng.randrange(2, 8)) + (1,) for _ in range(6)]

@@ -172,7 +172,7 @@ def test_a_rollout_ends_with_an_end_token_iff_it_finished(sampler_of, stops):
         assert not set(stops) & set(r.completion_ids[:-1])
         assert len(r.logprobs) == len(r.completion_ids)
         assert r.finished or len(r.completion_ids) == 9
-        assert r.text == sampler.tokenizer.decode(
+        assert r.text == sampler.decode(
             r.completion_ids[:-1] if r.finished else r.completion_ids)
 
 
