@@ -166,20 +166,21 @@ class LoraLinear(lora.Linear):
         if self.disable_adapters:
             return self.base_layer(x)
         [name], base = self.active_adapters, self.base_layer
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight  # (r, in), (out, r)
         flat = x.flatten(0, -2).to(base.weight.dtype)  # (T, in)
-        small = self.lora_A[name](flat) * self.scaling[name]  # (T, r)
-        result = small @ self.lora_B[name].weight.T.contiguous()  # (T, out)
+        small = flat @ A.T * self.scaling[name]  # (T, r)
+        result = small @ B.T.contiguous()  # (T, out)  in this layout B's gradient is fast
         if base.bias is not None:
             result += base.bias
         return result.addmm_(flat, base.weight.T).unflatten(0, x.shape[:-1])
 
 
 def use_lora_linear(model: PeftModel) -> None:
-    """Not in 4 bits, nor where the adapter is another one than LoRA (DoRA)."""
+    """Not in 4 bits, nor where the adapter is more than LoRA (DoRA, a bias)."""
     for module in model.modules():
-        if (type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear
-                and not module.lora_variant):
-            module.__class__ = LoraLinear
+        if type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear:
+            if not module.lora_variant and not any(module.lora_bias.values()):
+                module.__class__ = LoraLinear
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
@@ -219,8 +220,8 @@ def token_logprobs(model, rollouts: list, temperature: float) -> tuple[Tensor, T
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone, head = causal.base_model, causal.get_output_embeddings()
     with precision(causal):
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, D)
-    hidden = hidden.to(causal.dtype)[:, :-1][target[:, 1:]]  # (N, D)  position t predicts t + 1
+        hidden = backbone(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    hidden = hidden.to(causal.dtype)[target[:, 1:]]  # (N, D)  position t predicts t + 1
     tokens, rows = ids[target], target.nonzero()[:, 0]  # (N,), (N,)
 
     def chosen(hidden: Tensor, tokens: Tensor) -> Tensor:

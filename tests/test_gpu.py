@@ -282,7 +282,7 @@ def learned(model, rollouts):
 def masked(backbone, rollouts):
     """As `token_logprobs` would call it with a padding mask."""
     lengths = torch.tensor([policy.length(r) for r in rollouts])  # (B,)
-    mask = (torch.arange(lengths.max())[None] < lengths[:, None]).long()  # (B, L)
+    mask = (torch.arange(lengths.max() - 1)[None] < lengths[:, None]).long()  # (B, L - 1)
     original = backbone.forward
     backbone.forward = lambda **given: original(attention_mask=mask, **given)
 

@@ -269,7 +269,7 @@ def test_at_k_1_a_step_is_the_plain_policy_gradient_bit_for_bit(learner, objecti
             start = len(rollout.prompt_ids)
             ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
             qwen = plain.base_model.model
-            hidden = qwen.model(ids).last_hidden_state[0, start - 1:-1]  # (T, D)
+            hidden = qwen.model(ids[:, :-1]).last_hidden_state[0, start - 1:]  # (T, D)
             logits = qwen.lm_head(hidden) / 0.7  # (T, V)
             logprob = logits.log_softmax(-1)[range(len(logits)), ids[0, start:]]  # (T,)
             (-reward * logprob.sum() / 8).backward()  # REINFORCE
@@ -602,10 +602,10 @@ def test_an_adapter_that_was_trained_with_dropout_has_none_here(learner, folder,
     assert same(*found)
 
 
-def test_dora_is_left_to_peft(folder, tmp_path):
-    base = policy.load_model(folder("qwen2"))[0]
-    dora = get_peft_model(base, LoraConfig(r=4, use_dora=True, target_modules="all-linear"))
-    dora.save_pretrained(tmp_path)
+@pytest.mark.parametrize("more", ["use_dora", "lora_bias"])
+def test_more_than_lora_is_left_to_peft(folder, tmp_path, more):
+    config = LoraConfig(r=4, target_modules="all-linear", **{more: True})
+    get_peft_model(policy.load_model(folder("qwen2"))[0], config).save_pretrained(tmp_path)
     model, _ = policy.load_model(folder("qwen2"), tmp_path)
     assert len(lora_layers(model)) == 14 and not lora_layers(model, policy.LoraLinear)
 

@@ -369,7 +369,8 @@ def test_at_k_1_the_first_step_of_a_run_is_reinforce_bit_for_bit(tmp_path, updat
         if together[rollout]:
             start = len(rollout.prompt_ids)
             ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
-            logits = qwen.lm_head(qwen.model(ids).last_hidden_state[0, start - 1:-1])  # (T, V)
+            hidden = qwen.model(ids[:, :-1]).last_hidden_state[0, start - 1:]  # (T, D)
+            logits = qwen.lm_head(hidden)  # (T, V)
             logprob = logits.log_softmax(-1)[range(len(logits)), ids[0, start:]]  # (T,)
             (-together[rollout] * logprob.sum() / 24).backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
