@@ -67,7 +67,7 @@ def test_its_first_gradient_is_that_of_the_project(model):
 
 
 def test_it_learns_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(minimal, "STEPS", 25)
+    monkeypatch.setattr(minimal, "STEPS", 12)
     monkeypatch.setattr(minimal, "N", 8)
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     minimal.main(1)

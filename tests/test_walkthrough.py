@@ -1,8 +1,9 @@
 """Proof that the lesson runs from top to bottom, and that what it shows is what it computes.
 
-Cells tagged "varies" train a model or show it: what they show differs between machines. Of all
-others the stored text and picture must be the computed ones. A cell that draws has its picture,
-stored and computed. To run the lesson and keep the new outputs: python tests/test_walkthrough.py
+Cells tagged "varies" train a model (here for ten steps) or show it: what they show differs between
+machines. Of all others the stored text and picture must be the computed ones. A cell that draws has
+its picture, stored and computed. To run the lesson in full and keep the new outputs:
+python tests/test_walkthrough.py
 """
 
 import re
@@ -19,6 +20,7 @@ from test_house import python_files
 
 LESSON = ROOT / "walkthrough.ipynb"
 DRAWS = re.compile(r"figures\.\w+\(|draw\w*\(")
+TRAINS = 'demo.train(Path("runs/lesson"))'
 SAME = 0.005  # mean difference of a colour, from 0 to 1; that to a white picture is over 3 times it
 
 
@@ -60,8 +62,11 @@ def stored():
 
 
 @pytest.fixture(scope="module")
-def fresh():
+def fresh(tmp_path_factory):
     notebook = nbformat.read(LESSON, as_version=4)
+    [cell] = [cell for cell in code(notebook) if cell.source == f"runs = {TRAINS}"]
+    folder, flags = tmp_path_factory.mktemp("lesson") / "runs", "--limit 100 --steps 10"
+    cell.source = f"runs = demo.train(Path({str(folder)!r}), flags={flags.split()})"
     run(notebook)
     return notebook
 
