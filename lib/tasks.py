@@ -173,10 +173,12 @@ def level_of(row: dict) -> int | None:
     return int(match[1]) if match else None
 
 
+@cache
 def digest(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
 
+@cache
 def normal(question: str) -> str:
     return " ".join(question.split()).lower()
 
