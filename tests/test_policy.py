@@ -8,6 +8,7 @@
 4. A sampler of another policy is refused before a parameter moves, also one that the adapter
    did not reach where rounding hides it; a sound one never is.
 5. A fresh adapter changes nothing; nothing drops out; recomputed activations change no gradient.
+   Our LoRA layer is PEFT's; recomputing leaves out its last product.
 6. A checkpoint goes on bit for bit, is plain PEFT, holds no pickle and appears whole.
 7. What a user may call a model resolves; what cannot be trained is refused in one sentence.
 8. A 4-bit policy is its dequantised copy to the bit, gradient included.
