@@ -72,6 +72,8 @@ class HFSampler:
 
     def generate(self, prompts, n: int, seed: int) -> list[list[Rollout]]:
         """n rollouts [P][n] of each prompt. The seed decides all."""
+        if self.model.training:  # it was learning, and recomputed activations
+            self.model.eval()
         randomness = torch.Generator(self.model.device).manual_seed(seed)
         groups = [[] for _ in prompts]
         waiting = [i for i in range(len(prompts)) for _ in range(n)]

@@ -131,6 +131,9 @@ def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None
         with loading(str(adapter)):
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
         use_lora_linear(model)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     return model.eval(), tokenizer
 
 
@@ -156,15 +159,15 @@ def add_lora(model, rank: int, seed: int) -> PeftModel:
 
 
 class LoraLinear(lora.Linear):
-    """PEFT's layer, x W^T + s (x A^T) B^T, that holds one result in place of four.
+    """PEFT's layer, x W^T + s (x A^T) B^T, that makes one result in place of four.
 
     The large product comes last, so that recomputing activations can leave it out
     where no more than its input is needed.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if self.disable_adapters:
-            return self.base_layer(x)
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return super().forward(x)
         [name], base = self.active_adapters, self.base_layer
         A, B = self.lora_A[name].weight, self.lora_B[name].weight  # (r, in), (out, r)
         flat = x.flatten(0, -2).to(base.weight.dtype)  # (T, in)
@@ -176,9 +179,11 @@ class LoraLinear(lora.Linear):
 
 
 def use_lora_linear(model: PeftModel) -> None:
-    """Not in 4 bits, nor where the adapter is more than LoRA (DoRA, a bias)."""
+    """Not in 4 bits, on the head, nor where the adapter is more than LoRA (DoRA, a bias)."""
+    head = model.get_output_embeddings()
     for module in model.modules():
-        if type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear:
+        plain = type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear
+        if plain and module is not head:
             if not module.lora_variant and not any(module.lora_bias.values()):
                 module.__class__ = LoraLinear
 
@@ -283,7 +288,7 @@ class Learner:
         nats per learned token. If it raises, no parameter was touched.
         """
         total = defaultdict(float)  # equal answers are learned once, with the sum of weights
-        for rollout, weight in zip(rollouts, weights.tolist()):
+        for rollout, weight in zip(rollouts, weights.tolist(), strict=True):
             if weight:
                 total[rollout] += weight
         kept = {rollout: weight for rollout, weight in total.items() if weight}
@@ -304,7 +309,7 @@ class Learner:
                 tqdm.write(f"out of memory: --micro-batch-tokens is {self.micro_batch_tokens} now")
         norm = clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
         if not isfinite(norm):
-            raise BadNumbers(f"the gradient norm is {norm}", self._guilty(kept))
+            raise BadNumbers(f"the gradient norm is {norm}", self._guilty(kept, len(rollouts)))
         self._check_sampler(gap, list(kept))
         self.optimizer.step()
         return {"grad_norm": norm, "learned_tokens": len(gap),
@@ -325,14 +330,12 @@ class Learner:
                 weight = weight * gap.exp().clamp(max=self.cap)  # (N,)
             rspo.policy_gradient_loss(logprobs, weight, samples).backward()
             gaps.append(gap.abs().cpu())
-        if self.recomputes:
-            self.model.eval()
         return torch.cat(gaps)
 
-    def _guilty(self, kept: dict):
+    def _guilty(self, kept: dict, samples: int):
         """The rollout whose gradient alone is not finite, or None."""
         for rollout, weight in kept.items():
-            self._gradient({rollout: weight}, 1)
+            self._gradient({rollout: weight}, samples)
             if not clip_grad_norm_(self.parameters, MAX_GRAD_NORM).isfinite():
                 return rollout
 

@@ -11,7 +11,7 @@
    Our LoRA layer is PEFT's; recomputing leaves out its last product.
 6. A checkpoint goes on bit for bit, is plain PEFT, holds no pickle and appears whole.
 7. What a user may call a model resolves; what cannot be trained is refused in one sentence.
-8. A 4-bit policy is its dequantised copy to the bit, gradient included.
+8. A 4-bit policy is its dequantised copy to the bit, gradient included (PEFT's layer in both).
 """
 
 import copy
@@ -590,17 +590,33 @@ def test_our_lora_layer_is_pefts(learner, kind, theirs):
     assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(*found))
 
 
-def test_an_adapter_that_was_trained_with_dropout_has_none_here(learner, folder, tmp_path):
-    learner().save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])  # our layer, PEFT's own
+def test_an_adapter_that_was_trained_with_dropout_has_none_here(learner, folder, tmp_path, kind):
+    learner(kind).save_pretrained(tmp_path)
     path, found = tmp_path / "adapter_config.json", []
     for dropout in (0.0, 0.5):
         config = json.loads(path.read_text()) | {"lora_dropout": dropout}
         path.write_text(json.dumps(config))
-        model, _ = policy.load_model(folder("qwen2"), tmp_path, trainable_adapter=True)
+        model, _ = policy.load_model(folder(kind), tmp_path, trainable_adapter=True)
         model.gradient_checkpointing_enable({"use_reentrant": False})  # so in training mode
         step(adam(model), make_rollouts(6), torch.ones(6))
         found.append(gradients(model))
     assert same(*found)
+
+
+def test_a_merged_adapter_counts_once_and_one_on_the_head_is_left_to_peft(folder, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    get_peft_model(policy.load_model(folder("llama"))[0], config).save_pretrained(tmp_path)
+    model, _ = policy.load_model(folder("llama"), tmp_path, dtype="bfloat16")
+    assert len(lora_layers(model)) == 1 and len(lora_layers(model, policy.LoraLinear)) == 2
+    assert len(token_logprobs(model, make_rollouts(6), 1.0)[0])  # the head computes in bfloat16
+    model, ids = with_adapter(policy.load_model(folder("qwen2"))[0]), torch.arange(2, 12)[None]
+    apart = model(ids).logits
+    model.merge_adapter()
+    assert torch.allclose(model(ids).logits, apart, atol=1e-4)
+    with model.disable_adapter():
+        base = policy.load_model(folder("qwen2"))[0](ids).logits
+        assert torch.allclose(model(ids).logits, base, atol=1e-4)
 
 
 @pytest.mark.parametrize("more", ["use_dora", "lora_bias"])
