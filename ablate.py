@@ -251,7 +251,7 @@ def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], o
     if name in ("alignment", "graded"):
         first = [results[order[0]][seed] for seed in sorted(seeds)]
         more = diagonal(curve_of("before", first, "before"), curves)
-    each = [" ".join([f"{curve.name:28s}", *(f"{mean:.3f}" for mean in each_seed(curve, 8))])
+    each = [f"{curve.name:28s} " + " ".join(f"{mean:.3f}" for mean in each_seed(curve, 8))
             for curve in curves]
     return "\n\n".join([
         *parts, f"```\n{evaluate.table(curves, name, count)}\n```", "\n".join(verdicts),

@@ -124,16 +124,15 @@ def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None
             raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         model = model if load_in_4bit else model.to(device)
     model.requires_grad_(False)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it has no gradient
     if adapter is not None:
         with loading(str(adapter)):
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
         use_lora_linear(model)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # an adapter's
+            module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # it has no gradient
     return model.eval(), tokenizer
 
 

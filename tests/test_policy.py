@@ -484,8 +484,8 @@ def test_no_sound_sampler_is_refused_and_no_lost_adapter_believed(learner, answe
             return "refused"
         return "arrived" if ours.adapter_arrived else "open"
 
-    assert "refused" not in {verdict(seed, lost=False) for seed in range(12)}
-    assert "arrived" not in {verdict(seed, lost=True) for seed in range(12)}
+    assert "refused" not in {verdict(seed, lost=False) for seed in range(25)}
+    assert "arrived" not in {verdict(seed, lost=True) for seed in range(25)}
 
 
 @pytest.mark.parametrize("budget", [1, 30])  # a micro-batch holds one answer, or two
@@ -829,4 +829,9 @@ def test_a_4bit_policy_is_its_dequantised_copy_to_the_bit(tmp_path, monkeypatch)
         found.append(flat(gradients(model)))
     quantised, copied, original = found
     assert torch.equal(quantised, copied)
+    monkeypatch.undo()  # with our layer, as a copy in full is trained
+    model = with_adapter(policy.load_model(str(tmp_path), dtype="float32")[0], rank=8, std=0.1)
+    token_logprobs(model, rollouts, 1.0)[0].sum().backward()
+    assert lora_layers(model, policy.LoraLinear)
+    assert torch.allclose(flat(gradients(model)), quantised, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(quantised, original, rtol=1e-2)
