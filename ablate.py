@@ -95,7 +95,6 @@ def settle(argv: list[str]):
 if __name__ == "__main__":
     cli.refuse_early(lambda: settle(sys.argv[1:]))
 
-import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -125,7 +124,7 @@ def cell(setting: dict, seed: int, flags: dict, out: Path) -> tuple[list[str], P
         words += [] if isinstance(value, bool) else [str(value)]
     name = "_".join(f"{name}-{value}" for name, value in own.items())
     name = name.replace(":", "to").replace(",", "+")
-    return words, out / "cells" / f"{name}-{hashlib.sha256(repr(words).encode()).hexdigest()[:6]}"
+    return words, out / "cells" / f"{name}-{cli.digest(words)[:6]}"
 
 
 def run_cells(cells: dict[Path, list[str]], workers: int) -> dict[Path, str]:

@@ -234,17 +234,15 @@ def cell(row: dict) -> str:
 
 def looks_of(names: list[str]) -> list[dict]:
     """How each curve is drawn: as its method is everywhere, else in a look that is left."""
-    looks = {}
+    looks = []
     for name in names:
         k = re.search(r"(?:k = |Max@)(\d+)", name)
         wanted = "group max" if "group" in name else f"k = {k[1]}" if k else name
-        if wanted in LOOKS.keys() - looks.values():
-            looks[name] = wanted
-    left = [look for look in LOOKS if look not in looks.values()] or list(LOOKS)
-    others = [name for name in names if name not in looks]
-    looks |= {name: left[i % len(left)] for i, name in enumerate(others)}
+        if wanted not in LOOKS or wanted in looks:
+            wanted = next((look for look in LOOKS if look not in looks), "before")
+        looks.append(wanted)
     keys = "color", "marker", "linestyle"
-    return [dict(zip(keys, LOOKS[looks[name]]), markersize=4) for name in names]
+    return [dict(zip(keys, LOOKS[look]), markersize=4) for look in looks]
 
 
 def draw_curves(axes, curves: list[Curve]) -> None:
@@ -282,15 +280,13 @@ def plot_history(rows: list[dict], path: Path) -> None:
     """Six columns of metrics.jsonl over the steps of a run."""
     best, label = best_of_k(rows)
     columns = ("reward", best, "entropy", "zero_weight_prompts", "completion_tokens", "grad_norm")
-    figure, look = Figure(figsize=(11, 5.6), layout="constrained"), {"color": "#0072b2"}
-    axes = figure.subplots(2, 3, sharex=True).flat
-    for axis, column in zip(axes, columns):
-        steps, values = zip(*((row["step"], row[column]) for row in rows))
-        axis.plot(steps, values, alpha=0.3, linewidth=0.8, label="each step", **look)
-        axis.plot(steps, running_mean(values), linewidth=2, label="mean of ten", **look)
-        axis.set(title=label if column == best else column, xlabel="step")
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    figure, steps = Figure(figsize=(11, 5.6), layout="constrained"), [row["step"] for row in rows]
+    for axes, column in zip(figure.subplots(2, 3, sharex=True).flat, columns):
+        values = [row[column] for row in rows]
+        axes.plot(steps, values, color="#0072b2", alpha=0.3, label="each step")
+        axes.plot(steps, running_mean(values), color="#0072b2", label="mean of ten")
+        axes.set(title=label if column == best else column, xlabel="step")
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -305,38 +301,28 @@ def read_samples(path: Path) -> Samples:
 
     UserError names the line that cannot be right.
     """
-    settings, known, problems, groups, mended = {}, {}, {}, [], 0
+    settings, problems, groups = None, [], []
     for number, row in cli.read_rows(path):
-        where = f"{path}, line {number}"
         try:
-            texts = [row[name] for name in ("id", "answer", "digest", "data")]
+            head = {name: row[name] for name in sample.HEAD}
             group = [Answer(each["text"], bool(each["finished"])) for each in row["answers"]]
-            if not all(isinstance(x, str) for x in (*texts, *(each.text for each in group))):
-                raise TypeError("id, answer, digest, data or a text is no text")
+            if not settings:
+                problems = tasks.load_problems(str(head["data"]), head["limit"])
+                settings = {**head, "data_digest": tasks.digest_of(problems)}
         except (KeyError, TypeError) as error:
-            raise UserError(f"{where}: not a row of sample.py "
+            raise UserError(f"{path}, line {number}: not a row of sample.py "
                             f"({type(error).__name__}: {error})") from error
-        for name in (*SHARED, "model", "weights", "seed"):
-            if settings.setdefault(name, row.get(name)) != row.get(name):
-                cli.fail(f"{where}: {name} is {row.get(name)!r}, but "
-                         f"{settings[name]!r} in the first line")
-        if len(group) != row.get("n"):
-            cli.fail(f"{where}: {len(group)} answers, but n is {row.get('n')}")
-        known = known or {p.id: p for p in tasks.load_problems(row["data"])}
-        name, gold, digest, data = texts
-        if name in problems:
-            cli.fail(f"{where}: the id {name!r} is that of another line already")
-        new = known.get(name)
-        if not new or sample.fingerprint(new, gold) != digest:
-            cli.fail(f"{where}: problem {name!r} is not what {data} holds now: sample it again")
-        mended += new.answer != gold
-        problems[name] = new
+        due = problems[len(groups)].id if len(groups) < len(problems) else None
+        for name, value in {**settings, "id": due}.items():
+            if row.get(name) != value:
+                cli.fail(f"{path}, line {number}: {name} is {row.get(name)!r}, but {value!r} in "
+                         f"the first line or in {row['data']} as it is now: sample it again")
+        if len(group) != row["n"] or not all(isinstance(each.text, str) for each in group):
+            cli.fail(f"{path}, line {number}: not n = {row['n']} texts")
         groups.append(group)
-    if not problems:
+    if not groups:
         cli.fail(f"samples file {path} holds no samples")
-    if mended:
-        print(f"{path}: graded with {mended} answers that have changed in {data} since")
-    return Samples([*problems.values()], groups, settings)
+    return Samples(problems[:len(groups)], groups, settings)
 
 
 def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
@@ -362,13 +348,11 @@ def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
         values = {each: getattr(entries[each], name) for each in own}
         if getattr(args, name) is not None:
             values = {"the command line": getattr(args, name), **values}
-        (first, value), *others = values.items()
-        for other, differs in others:
+        first, value = next(iter(values.items()))
+        for other, differs in values.items():
             if differs != value:
                 cli.fail("what is compared must be sampled alike, but "
                          f"{name} is {value!r} in {first} and {differs!r} in {other}")
-        if value is None and name != "limit" and len(entries) > 1:
-            cli.fail(f"{first} does not say its {name}: it cannot be compared")
         for source in entries.keys() - files.keys():
             setattr(entries[source], name, value)
     for source, entry in entries.items():
@@ -385,30 +369,24 @@ def names_of(sources: list[str]) -> dict[str, str]:
 
 
 def describe(source: str) -> str:
-    """"RSPO k = 8, step 400" of a run or one of its checkpoints, else its name."""
-    flags, name = run.flags_of(source), Path(source).name
-    checkpoint = flags and run.resolve_model(source)[1].name
-    if not flags or not re.fullmatch(r"step_\d+", checkpoint):
-        return name
-    step, last = int(checkpoint[5:]), flags["steps"]
-    when = f"step {step}" if step == last else f"step {step} of {last}"
-    if step < last and name != checkpoint:
-        when = f"unfinished: {step} of {last}"
-    method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(flags["objective"])
-    return f"{method or flags['objective']} k = {flags['k']}, {when}"
+    """"RSPO k = 8, step 40 of 400" of a run or one of its checkpoints, else its name."""
+    if not (flags := run.flags_of(source)):
+        return Path(source).name
+    method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(flags["objective"], flags["objective"])
+    step = run.resolve_model(source)[1].name.removeprefix("step_").lstrip("0")
+    return f"{method} k = {flags['k']}, step {step} of {flags['steps']}"
 
 
 def sample_model(args) -> Samples:
     """Samples of a model, from a file beside the figure."""
     problems = tasks.load_problems(args.data, args.limit)
-    heads = sample.heads_of(args, problems)
     stem = "-".join(re.sub(r"[^\w.]", "-", Path(part).name) for part in (args.model, args.data))
     folder = args.out.with_suffix("")
-    path = folder / f"{stem}-{sample.digest(heads)[:8]}.jsonl"
+    path = folder / f"{stem}-{cli.digest(sample.head_of(args, problems))[:8]}.jsonl"
     if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):
         print(f"{args.model} on {args.data} is sampled again: settings, weights or problems "
               "have changed")
-    sample.sample_file(args, path, problems, heads)
+    sample.sample_file(args, path, problems)
     return read_samples(path)
 
 

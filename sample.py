@@ -16,13 +16,13 @@ from lib import cli
 
 SAMPLING = ("data", "model", "n", "temperature", "max_new_tokens", "sampler",
             "dtype", "load_in_4bit", "limit", "seed")
+HEAD = (*SAMPLING, "checkpoint", "weights", "data_digest")  # begins each row of a samples file
 SETTINGS = {name: cli.SETTINGS[name] for name in SAMPLING} | {
     "out": cli.Setting("file to write", Path("samples.jsonl"), kind=Path),
     "ask": cli.Setting("one question instead of --data; writes nothing", kind=str)}
 if __name__ == "__main__":
     cli.refuse_early(lambda: cli.parse(__doc__, SETTINGS))
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -291,13 +291,9 @@ def open_sampler(args, problems: list):
     return sampler, problems
 
 
-def digest(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 def stream(*place) -> int:
     """Seed of what is drawn at one place (run's seed, purpose, step, ...)."""
-    return int(digest(*place)[:14], 16)
+    return int(cli.digest(place)[:14], 16)
 
 
 def sample_blocks(sampler, problems: list, n: int, place: tuple, label: str, start=0):
@@ -321,11 +317,6 @@ def settle(args) -> None:
     args.dtype = policy.pick_dtype(args.dtype)
 
 
-def fingerprint(p, gold: str | None = None) -> str:
-    """Digest of what a problem asks and what is right (or was held to be)."""
-    return digest(p.id, p.question, p.prompt, gold or p.answer, p.level, p.task)[:16]
-
-
 def weights_of(base: str, adapter: Path | None) -> str:
     """Digest of a checkpoint's checksums, or of its files' sizes and times."""
     known = [] if Path(base).is_dir() else [base]
@@ -337,54 +328,52 @@ def weights_of(base: str, adapter: Path | None) -> str:
         else:
             known += [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
                       for path in files]
-    return digest(known)[:16]
+    return cli.digest(known)[:16]
 
 
-def heads_of(args, problems: list) -> list[dict]:
-    """The rows of a samples file, without answers: all that decides them."""
+def head_of(args, problems: list) -> dict:
+    """All that decides the answers of a samples file."""
     base, adapter = run.resolve_model(args.model)
-    settings = {name: getattr(args, name) for name in SAMPLING} | {
-        "checkpoint": adapter and adapter.name, "weights": weights_of(base, adapter)}
-    return [{**settings, "id": p.id, "task": p.task, "problem": p.question,
-             "answer": p.answer, "digest": fingerprint(p)} for p in problems]
+    return {**{name: getattr(args, name) for name in SAMPLING},
+            "checkpoint": adapter and adapter.name, "weights": weights_of(base, adapter),
+            "data_digest": tasks.digest_of(problems)}
 
 
-def rows_done(path: Path, heads: list[dict]) -> int:
-    """Whole rows in a samples file. UserError unless each has its head."""
+def rows_done(path: Path, head: dict) -> int:
+    """Whole rows in a samples file. UserError unless each begins with this head."""
     rows = cli.read_rows(path, appended=True) if path.exists() else []
     begun = path.read_bytes()[:9] if path.exists() and not rows else b""
     if not b'{"data": '.startswith(begun):
         cli.fail(f"{path} is not a file of sample.py; move it away")
-    if len(rows) > len(heads):
-        cli.fail(f"{path} has {len(rows)} rows, not {len(heads)}; move it away")
-    for (number, row), head in zip(rows, heads):
+    for number, row in rows:
         for name, value in head.items():
             if row.get(name) != value:
-                cli.fail(f"{path} was made with {name} = {row.get(name)!r}, not "
-                         f"{value!r} (line {number}): move it away or give "
-                         "another --out")
+                cli.fail(f"{path} was made with {name} = {row.get(name)!r}, not {value!r} "
+                         f"(line {number}): move it away or give another --out")
     return len(rows)
 
 
-def sample_file(args, path: Path, problems: list, heads: list[dict]) -> None:
+def sample_file(args, path: Path, problems: list) -> None:
     """Have the answers to the problems in a file; what is there stays.
 
     A block that was interrupted is made again, so that the bytes are the same.
     """
-    if rows_done(path, heads) == len(heads):
+    head = head_of(args, problems)
+    if rows_done(path, head) >= len(problems):
         return print(f"{path} is complete: not sampled again (delete it to do so)")
     sampler, problems = open_sampler(args, problems)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     with run.lock(path, f"{path} is in use by another process: give another --out"):
-        done = rows_done(path, heads) // sampler.block * sampler.block
+        done = rows_done(path, head) // sampler.block * sampler.block
         lines = path.read_bytes().split(b"\n")[:done]
         os.truncate(path, sum(len(line) + 1 for line in lines))
         place, label = (args.seed, "sample", args.data), f"sampling {args.model} on {args.data}"
         for groups in sample_blocks(sampler, problems, args.n, place, label, done):
             cli.write_rows(path, [
-                {**head, "answers": [{"text": r.text, "finished": r.finished} for r in group]}
-                for head, group in zip(heads[done:], groups)])
+                {**head, "id": p.id, "task": p.task, "problem": p.question, "answer": p.answer,
+                 "answers": [{"text": r.text, "finished": r.finished} for r in group]}
+                for p, group in zip(problems[done:], groups)])
             done += len(groups)
 
 
@@ -407,8 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     settle(args)
     if args.ask is not None:
         return ask(args)
-    problems = tasks.load_problems(args.data, args.limit)
-    sample_file(args, args.out, problems, heads_of(args, problems))
+    sample_file(args, args.out, tasks.load_problems(args.data, args.limit))
     print(f"next: python evaluate.py --model {args.out}")
 
 

@@ -280,12 +280,8 @@ def config_of(args, problems: list, held_out: list) -> dict:
     used = {"torch", "transformers", "peft", "vllm"} & sys.modules.keys()
     return {"flags": {name: getattr(args, name) for name in RUN_FLAGS},
             "versions": {name: sys.modules[name].__version__ for name in sorted(used)},
-            "git_commit": commit, "data": digests_of(problems, held_out)}
-
-
-def digests_of(problems: list, held_out: list) -> dict[str, str]:
-    return {which: sample.digest([sample.fingerprint(p) for p in each])
-            for which, each in (("training", problems), ("held-out", held_out))}
+            "git_commit": commit, "data": {
+                "training": tasks.digest_of(problems), "held-out": tasks.digest_of(held_out)}}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -300,8 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     check(args, problems[0].graded)
     if args.resume:
         before = read_config(args.resume)["data"]
-        for which, digest in digests_of(problems, held_out).items():
-            if before[which] != digest:
+        for which, each in (("training", problems), ("held-out", held_out)):
+            if before[which] != tasks.digest_of(each):
                 cli.fail(f"--resume {args.resume}: its {which} problems have changed since it "
                          "began; put them back or start a new run")
     model, tokenizer = policy.load_model(base, adapter, args.dtype, device,

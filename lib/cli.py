@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import hashlib
 import importlib.util
 import json
 import sys
@@ -123,6 +124,11 @@ def flag(name: str) -> str:
 
 def fail(sentence: str):
     raise UserError(sentence)
+
+
+def digest(what) -> str:
+    """SHA-256 of bytes, or of what Python writes for anything else."""
+    return hashlib.sha256(what if isinstance(what, bytes) else repr(what).encode()).hexdigest()
 
 
 def nearest(name: str, known, cutoff: float = 0.65) -> str:

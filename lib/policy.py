@@ -7,7 +7,6 @@ not change its gradient.
 Shapes: B rollouts of at most L tokens, N completion tokens, D hidden, V vocabulary.
 """
 
-import hashlib
 import os
 import resource
 import shutil
@@ -30,7 +29,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 import rspo
-from lib.cli import UserError
+from lib.cli import UserError, digest
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -193,13 +192,12 @@ def trainable(model) -> dict[str, torch.nn.Parameter]:
 
 def fingerprint(model) -> str:
     """Tells bases apart: a hash of how each weight begins, in bfloat16."""
-    digest = hashlib.sha256()
+    parts = []
     for name, weight in model.named_parameters():
         if ".lora_" not in name and weight.is_floating_point():  # not 4 bits
             start = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)
-            digest.update(repr(tuple(weight.shape)).encode())
-            digest.update(start.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            parts += [repr(tuple(weight.shape)).encode(), start.view(torch.uint8).numpy().tobytes()]
+    return digest(b"".join(parts))[:16]
 
 
 # ------------------------------------------------------------ log-probabilities

@@ -6,7 +6,6 @@ from its newest whole checkpoint to the same bits (on a CPU).
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,13 +19,13 @@ from peft import PeftConfig, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.cli import SETTINGS, TOY, UserError, nearest, read_rows, write_rows
+from lib.cli import SETTINGS, TOY, UserError, digest, nearest, read_rows, write_rows
 from lib.policy import BadNumbers, BrokenPolicy, fingerprint, loading
 
 ORGANISATIONS = {  # on the hub, of the families that a short name begins with
     "Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google",
     "OLMo": "allenai", "DeepSeek": "deepseek-ai", "Mistral": "mistralai", "phi": "microsoft"}
-FORMAT = 3  # of a run directory; another version of it has another number
+FORMAT = 4  # of a run directory; another version of it has another number
 WEIGHTS, MOMENTS = "adapter_model.safetensors", "optimizer.safetensors"
 FILES = {"adapter_config.json", WEIGHTS, MOMENTS}
 RUN_FLAGS = sorted(SETTINGS.keys() - {"run", "resume"})
@@ -112,13 +111,9 @@ def whole(checkpoint: Path) -> bool:
     try:
         sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
         return FILES <= sums.keys() and all(
-            digest(checkpoint / name) == sums[name] for name in sums)
+            digest((checkpoint / name).read_bytes()) == sums[name] for name in sums)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -175,7 +170,7 @@ class Run:
             moments = {f"{name}:{kind}": value for name, parameter in learner.named.items()
                        for kind, value in learner.optimizer.state[parameter].items()}
             save_file(moments, unfinished / MOMENTS)
-            sums = {path.name: digest(path) for path in sorted(unfinished.iterdir())}
+            sums = {path.name: digest(path.read_bytes()) for path in sorted(unfinished.iterdir())}
             state = {"base": fingerprint(learner.model), "sha256": sums}
             (unfinished / "state.json").write_text(json.dumps(state, indent=1))
             for path in [*unfinished.iterdir(), *self.folder.glob("*.jsonl"), unfinished]:

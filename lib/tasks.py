@@ -11,7 +11,6 @@ Divisor: 1 for any d with 1 < d < N that divides N; `divisor-graded` gives
 min(1, log d / log 100). All else, and what was cut off, earns 0.
 """
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
@@ -83,7 +82,7 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
     total = len(problems)
     for part in parts:
         if part in PARTS:
-            problems = [p for p in problems if digest(normal(p.question)) % 10 in PARTS[part]]
+            problems = [p for p in problems if hashed(normal(p.question)) % 10 in PARTS[part]]
         elif all(p.level is None for p in problems):
             raise UserError(f"{name_or_path!r} asks for levels {part}, but {name} has no 'level'")
         else:
@@ -93,7 +92,7 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
         why = f": none of its {total} is in this part; give --eval-data" if total else ""
         raise UserError(f"data set {name_or_path!r} holds no problems{why}")
     if limit and limit < len(problems):
-        problems = sorted(problems, key=lambda p: digest(p.question + "/limit"))[:limit]
+        problems = sorted(problems, key=lambda p: hashed(p.question + "/limit"))[:limit]
     return problems
 
 
@@ -174,8 +173,14 @@ def level_of(row: dict) -> int | None:
 
 
 @cache
-def digest(text: str) -> int:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+def hashed(text: str) -> int:
+    return int(cli.digest(text.encode())[:12], 16)
+
+
+def digest_of(problems: list[Problem]) -> str:
+    """Tells sets of problems apart, by what is asked and what is right."""
+    return cli.digest([(p.id, p.question, p.prompt, p.answer, p.level, p.task)
+                       for p in problems])
 
 
 @cache

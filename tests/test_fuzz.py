@@ -182,10 +182,11 @@ def test_what_is_infinite_equals_no_number():
 
 ROWS = [{"id": "a", "problem": "1 + 1?", "answer": "2", "level": 3, "prompt": "exactly"},
         {"problem": "Größe\u2028x?", "answer": 7}, {"problem": "p", "answer": [1]}]
-OF_ALL = {"model": "toy", "data": "divisor", "n": 2, "seed": 0}
-SAMPLES = [{"id": p.id, "answer": p.answer, "digest": sample.fingerprint(p), **OF_ALL,
-            "answers": [{"text": "3", "finished": True}, {"text": "\u2028", "finished": False}]}
-           for p in tasks.load_problems("divisor", 2)]
+ASKED = tasks.load_problems("divisor", 2)
+OF_ALL = dict.fromkeys(sample.HEAD) | {
+    "data": "divisor", "n": 2, "limit": 2, "data_digest": tasks.digest_of(ASKED)}
+SAMPLES = [{**OF_ALL, "id": p.id, "answers": [
+    {"text": "3", "finished": True}, {"text": "\u2028", "finished": False}]} for p in ASKED]
 JSON = [*'{}[]",:\\ue0-+.', "null", "true", "NaN", "Infinity", "-1", "1e999", "9" * 5000,
         '"\\ud800"', '"../x"', "\\u0000", "[" * 3000, '{"a":' * 3000, "\n", "\r", "\u2028",
         '"id"', '"problem"', '"answer"', '"answers"', '"text"', '""', "{}", "[]", "\xff",
@@ -247,7 +248,7 @@ def test_any_samples_file_is_read_or_refused_in_one_sentence(tmp_path):
     rng, read, path = random.Random(4), 0, tmp_path / "s.jsonl"
     for _ in range(share("samples")):
         path.write_bytes(hostile_file(rng, SAMPLES))
-        attempt(sample.rows_done, path, [OF_ALL] * 9)
+        attempt(sample.rows_done, path, OF_ALL)
         if found := attempt(evaluate.read_samples, path):
             problems, groups, *_ = found
             rewards = [[0.0] * len(group) for group in groups]

@@ -42,11 +42,11 @@ def write(folder, phase, arm, rate, seed, texts, steps=STEPS):
     data = folder / "numbers.jsonl"
     cli.write_rows(data, [{"id": number, "problem": number, "answer": number, "task": "divisor"}
                           for number in NUMBERS], "w")
+    head = dict.fromkeys(sample.HEAD) | {
+        "data": str(data), "n": 16, "data_digest": tasks.digest_of(tasks.load_problems(str(data)))}
+    answers = [{"text": text, "finished": text != "-"} for text in texts]
     cli.write_rows(path.with_name(path.name + ".jsonl"), [
-        {"id": number, "problem": number, "answer": number, "task": "divisor", "data": str(data),
-         "n": 16, "digest": sample.fingerprint(p),
-         "answers": [{"text": text, "finished": text != "-"} for text in texts]}
-        for number, p in zip(NUMBERS, tasks.load_problems(str(data)))])
+        {**head, "id": number, "answers": answers} for number in NUMBERS])
 
 
 @pytest.fixture

@@ -305,8 +305,8 @@ def test_answers_with_odd_line_ends_are_read_back(tmp_path):
     data = tmp_path / "d.jsonl"
     cli.write_rows(data, [{"id": "i", "problem": "p\u2029q", "answer": "1"}])
     [p] = tasks.load_problems(str(data))
-    row = {"id": "i", "answer": "1", "data": str(data), "digest": sample.fingerprint(p), "n": 4}
-    cli.write_rows(tmp_path / "s.jsonl", [row | {"answers": answers}])
+    row = dict.fromkeys(sample.HEAD) | {"data": str(data), "data_digest": tasks.digest_of([p])}
+    cli.write_rows(tmp_path / "s.jsonl", [row | {"id": "i", "n": 4, "answers": answers}])
     [problem], [group], _ = evaluate.read_samples(tmp_path / "s.jsonl")
     assert problem == p == tasks.Problem("i", "p\u2029q", "1")
     assert [answer.text for answer in group] == texts
