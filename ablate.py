@@ -7,8 +7,7 @@
 
 A setting is one curve, a cell one run of train.py at one setting and seed. Flags of
 train.py may follow. The same command goes on where it was stopped. Claims are paired
-differences: same seeds, same problems. What was chosen was chosen on divisor:select;
-reported is divisor:test.
+differences: same seeds, same problems, none of which a setting was chosen on.
 
 Shapes: S seeds, M held-out problems, K evaluated ks.
 """
@@ -28,42 +27,37 @@ EVAL_KS = (1, 2, 4, 8, 16)
 LATE = {"reward": "reward", "entropy": "entropy", "distinct_correct": "distinct",
         "zero_weight_prompts": "no signal"}
 
-RSPO = {f"k = {k}": {"k": k} for k in (1, 2, 4, 8, 16)}
-BEST8 = {"k = 8": {"k": 8}}
-MAX8 = {"group max k = 8": {"k": 8, "objective": "groupmax"}}
-LOO8 = {"leave-one-out": {"k": 8, "objective": "loo"}}
-# name: (question, the setting that all others are held against, setting: flags)
+ours = lambda *ks: {f"k = {k}": {"k": k} for k in ks}
+group_max = lambda k: {f"group max k = {k}": {"k": k, "objective": "groupmax"}}
+LOO = {"leave-one-out": {"k": 8, "objective": "loo"}}
+# name: (question, setting: flags); all settings are held against the first
 EXPERIMENTS = {
-    "sanity": ("At k = 1 every objective is the ordinary policy gradient.", "k = 1", {
-        "k = 1": {"k": 1},
-        **{name: {"k": 1, "objective": name} for name in ("reward", "maxk", "groupmax")}}),
-    "alignment": ("Is the k trained for the best at itself?", "k = 1", RSPO),
-    "graded": ("The same with graded rewards and Max@k.", "Max@1", {
+    "sanity": ("At k = 1 every objective is the ordinary policy gradient.", ours(1) | {
+        name: {"k": 1, "objective": name} for name in ("reward", "maxk", "groupmax")}),
+    "alignment": ("Is the k trained for the best at itself?", ours(*EVAL_KS)),
+    "graded": ("The same with graded rewards and Max@k.", {
         f"Max@{k}": {"k": k, "objective": "maxk", "data": "divisor-graded"}
         for k in (1, 2, 4, 8)}),
-    "hitchhiking": ("The group maximum rewards a whole group for its best.", "k = 8", {
-        **BEST8, **MAX8,
-        **{f"{label}, {steps} steps": {**flags, "steps": steps} for steps in (60, 250)
-           for label, flags in (BEST8 | MAX8).items()}}),
-    **{f"hitchhiking-{k}": (f"Group maximum and RSPO at k = {k}.", f"k = {k}", {
-        f"k = {k}": {"k": k}, f"group max k = {k}": {"k": k, "objective": "groupmax"}})
-       for k in (2, 4)},
-    "entropy": ("Does a larger k keep more different answers?", "k = 1", RSPO),
-    "noise": ("A share of the training rewards is flipped.", "k = 8", {
-        f"{label}{f', {flip:.0%} flipped' if flip else ''}": {**flags, "flip": flip}
-        for label, flags in (BEST8 | LOO8 | MAX8 | {"k = 1": {"k": 1}}).items()
+    "hitchhiking": ("The group maximum rewards a whole group for its best.", {
+        **ours(8), **group_max(8),
+        **{f"{label}, {steps} steps": flags | {"steps": steps} for steps in (60, 250)
+           for label, flags in (ours(8) | group_max(8)).items()}}),
+    "hitchhiking-2": ("Group maximum and RSPO at k = 2.", ours(2) | group_max(2)),
+    "hitchhiking-4": ("Group maximum and RSPO at k = 4.", ours(4) | group_max(4)),
+    "noise": ("A share of the training rewards is flipped.", {
+        f"{label}{f', {flip:.0%} flipped' if flip else ''}": flags | {"flip": flip}
+        for label, flags in (ours(8) | LOO | group_max(8) | ours(1)).items()
         for flip in (0, 0.1, 0.2)}),
-    "samples": ("n answers per prompt, at equal steps and equal samples.", "k = 8", {
-        **BEST8, **{f"n = {n}, equal steps": {"k": 8, "n": n} for n in (8, 16, 64)},
+    "samples": ("n answers per prompt, at equal steps and equal samples.", {
+        **ours(8), **{f"n = {n}, equal steps": {"k": 8, "n": n} for n in (8, 16, 64)},
         **{f"n = {n}, equal samples": {"k": 8, "n": n, "prompts": 512 // n}
            for n in (8, 16, 64)}}),
-    "estimators": ("Other weights at k = 8.", "k = 8", {
-        **BEST8, **MAX8, **LOO8, "GRPO": {"k": 1, "objective": "grpo"},
-        "plug-in": {"k": 8, "objective": "plugin"},
+    "estimators": ("Other weights at k = 8.", ours(8) | group_max(8) | LOO | {
+        "GRPO": {"k": 1, "objective": "grpo"}, "plug-in": {"k": 8, "objective": "plugin"},
         "PKPO, centred": {"k": 8, "objective": "centred"}}),
-    "curve": ("A mixture, a schedule and the harmonic sum of ks.", "k = 8", {
-        **BEST8, "k = 1": {"k": 1}, "mixture 1,2,4,8,16": {"k": "1,2,4,8,16"},
-        "schedule 8:1": {"k": "8:1"}, "harmonic": {"k": "harmonic"}}),
+    "curve": ("A mixture, a schedule and the harmonic sum of ks.", ours(8, 1) | {
+        "mixture 1,2,4,8,16": {"k": "1,2,4,8,16"}, "schedule 8:1": {"k": "8:1"},
+        "harmonic": {"k": "harmonic"}}),
 }
 
 
@@ -74,12 +68,12 @@ def settle(argv: list[str]):
         cli.fail(f"experiment {name!r} is unknown{cli.nearest(name, EXPERIMENTS)}; "
                  "python ablate.py lists all")
     args = cli.parse(__doc__, {**SETTINGS, **cli.SETTINGS}, rest)
-    given = {name: getattr(args, name) for name in cli.SETTINGS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {each: value for each, value in vars(args).items()
+             if each in cli.SETTINGS and value is not None}
     for varied in ("k", "objective", "flip", "seed", "run", "resume"):
         if varied in given:
             cli.fail(f"{cli.flag(varied)} is what the experiments vary: leave it out")
-    chosen = {each: EXPERIMENTS[each][2] for each in EXPERIMENTS if name in (each, "all")}
+    chosen = {each: EXPERIMENTS[each][1] for each in EXPERIMENTS if name in (each, "all")}
     seeds, scale = QUICK if args.quick else FULL
     if args.quick:
         few = lambda flags: flags["k"] in (1, 8) and "steps" not in flags
@@ -96,10 +90,7 @@ if __name__ == "__main__":
     cli.refuse_early(lambda: settle(sys.argv[1:]))
 
 import multiprocessing
-import multiprocessing.connection
 import os
-import re
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,21 +105,20 @@ from lib.run import read_config
 
 # ---------------------------------------------------------------- cells
 
-def cell(setting: dict, seed: int, flags: dict, out: Path) -> tuple[list[str], Path]:
-    """Words for train.py, and the run directory: experiments share it."""
+def cell(setting: dict, seed: int, flags: dict, out: Path) -> tuple[Path, list[str]]:
+    """The run directory, which experiments share, and the words for train.py."""
     own = {name: value for name, value in setting.items() if value and value != "passk"}
     own["seed"], words = seed, []
     for name, value in {**flags, **own}.items():
-        no = isinstance(value, bool) and not value
-        words += [cli.flag(f"no_{name}" if no else name)]
+        words += [cli.flag(f"no_{name}" if value is False else name)]
         words += [] if isinstance(value, bool) else [str(value)]
     name = "_".join(f"{name}-{value}" for name, value in own.items())
     name = name.replace(":", "to").replace(",", "+")
-    return words, out / "cells" / f"{name}-{cli.digest(words)[:6]}"
+    return out / "cells" / f"{name}-{cli.digest(words)[:6]}", words
 
 
 def run_cells(cells: dict[Path, list[str]], workers: int) -> dict[Path, str]:
-    """Run cells, each in a process of its own. -> why some failed, the others went on."""
+    """Run each cell in a process of its own. -> why some failed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])  # imported once, not once per cell
 
@@ -137,25 +127,24 @@ def run_cells(cells: dict[Path, list[str]], workers: int) -> dict[Path, str]:
         process.start()
         process.join()
         if process.exitcode > 0:
-            lines = log_of(folder).read_text(errors="replace").split("\n")
-            return next((line for line in reversed(lines) if line.strip()), "no reason given")
+            text = Path(f"{folder}.log").read_text(errors="replace")
+            return text.strip().split("\n")[-1]
         return f"ended by signal {-process.exitcode}" if process.exitcode else None
 
     with ThreadPoolExecutor(workers) as threads:
         done = tqdm(threads.map(run, cells), total=len(cells), desc="cells", disable=None)
-        return {folder: reason for folder, reason in zip(cells, done) if reason}
+        return {folder: reason for folder, reason in zip(cells, done) if reason is not None}
 
 
 def work(argv: list[str], folder: Path) -> None:
-    """One cell, in its process: begin it, or go on with what an interrupted one has left."""
-    with log_of(folder).open("w") as file:
+    """In its own process: begin a cell, or go on where it was interrupted."""
+    with open(f"{folder}.log", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    parent = multiprocessing.parent_process().sentinel
 
     def end_with_parent() -> None:
-        multiprocessing.connection.wait([parent])
-        os.kill(os.getpid(), signal.SIGKILL)
+        multiprocessing.parent_process().join()
+        os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     import train
@@ -163,160 +152,126 @@ def work(argv: list[str], folder: Path) -> None:
     cli.run_script(lambda: train.main(begun))
 
 
-def log_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.log")
-
-
-def result(folder: Path) -> tuple[dict, list[dict], dict] | None:
-    """Its last evaluation (with the rewards before training), rows of metrics.jsonl, config.
-
-    None: it is not done.
-    """
-    read = lambda name: [row for _, row in cli.read_rows(folder / name, appended=True)]
-    if not (folder / "evals.jsonl").exists():
-        return None
-    evals, config = read("evals.jsonl"), read_config(folder)
-    if not evals or evals[-1]["step"] != config["flags"]["steps"]:
-        return None
-    return {**evals[-1], "before": evals[0]["rewards"]}, read("metrics.jsonl"), config
+def result(folder: Path) -> tuple[list[dict], list[dict], dict] | None:
+    """Rows of evals.jsonl and of metrics.jsonl, and config.json; None: it is not done."""
+    evals, metrics = ([row for _, row in cli.read_rows(folder / name, appended=True)]
+                      for name in ("evals.jsonl", "metrics.jsonl"))
+    config = read_config(folder)
+    done = evals and evals[-1]["step"] == config["flags"]["steps"]
+    return (evals, metrics, config) if done else None
 
 
 # ---------------------------------------------------------------- the report
 
-def curve_of(label: str, results: list[tuple], when: str = "rewards") -> Curve:
-    """The estimates of a setting after training, with the LATE columns, over S seeds."""
-    rewards = torch.tensor([evaluation[when] for evaluation, *_ in results]).double()
+def curve_of(label: str, results: list[tuple], at: int = -1) -> Curve:
+    """A setting after training (at = 0: before), with the LATE columns, over S seeds."""
+    rewards = torch.tensor([evals[at]["rewards"] for evals, *_ in results]).double()
     ks = tuple(k for k in EVAL_KS if k <= rewards.shape[-1])  # rewards: (S, M, n)
     values = torch.stack([rspo.max_at_k(rewards, k) for k in ks], -1)  # (S, M, K)
-    metric = next(name for name in results[0][1][0] if name.endswith("@k"))[:-2]
     late = {}
     for column, name in LATE.items():
-        last = [[row[column] for row in rows[-max(1, len(rows) // 4):]] for _, rows, _ in results]
+        last = [[row[column] for row in rows[len(rows) * 3 // 4:]] for _, rows, _ in results]
         late[name] = torch.tensor(last).double().mean(-1)  # (S,)
-    return Curve(label, metric, ks, values, tuple(results[0][0]["ids"]), late)
+    evals, rows, _ = results[0]
+    metric = "max" if "max@k" in rows[0] else "pass"
+    return Curve(label, metric, ks, values, tuple(evals[at]["ids"]), late)
 
 
-def check_alike(results: dict[str, dict[int, tuple]]) -> None:
-    """UserError where cells differ in the problems of their evaluation or in their code."""
-    every = [each for of in results.values() for each in of.values()]
-    for what, values in (("problems", [evaluation["ids"] for evaluation, *_ in every]),
-                         ("versions of the code", [config["git_commit"] for *_, config in every])):
-        if any(value != values[0] for value in values):
-            cli.fail(f"some cells were made with different {what}: delete the older ones, or "
-                     "give another --out")
-
-
-def verdict(label: str, reference: str, ks, mean, half) -> str:
-    """One sentence: at which k is a setting better or worse, and where do the data not say?"""
+def verdict(curve: Curve, first: Curve, count: int) -> str:
+    """At which k it is better or worse than the first, and where the data do not say."""
     found: dict[str, list[str]] = {}
-    for k, m, h in zip(ks, mean, half):
-        word = "not separated" if not abs(m) > h else "better" if m > 0 else "worse"
+    for k, mean, half in zip(*evaluate.difference(curve, first, count)):
+        word = "not separated" if not abs(mean) > half else "better" if mean > 0 else "worse"
         found.setdefault(word, []).append(f"@{k}")
     said = "; ".join(f"{word} at {', '.join(at)}" for word, at in found.items())
-    return f"- {label} against {reference}: {said}."
+    return f"- {curve.name} against {first.name}: {said}."
 
 
-def diagonal(before: Curve, curves: list[Curve]) -> list[str]:
-    """Of an alignment: at each k, the setting trained for it minus every other one."""
-    lines, count = [], len(curves) ** 2
+def diagonal(before: Curve, curves: list[Curve], settings: dict) -> str:
+    """At each k, the setting trained for it minus every other one."""
+    count = len(curves) ** 2
+    lines = [f"The diagonal (all {count} intervals hold at once with 95 %):\n"]
     for own in curves:
-        k, changes = int(re.findall(r"\d+", own.name)[0]), []
+        k, changes = settings[own.name]["k"], []
         for other in (before, *curves):
-            if other is not own:
-                ks, mean, half = evaluate.difference(own, other, count)
-                numbers = mean[ks.index(k)].item(), half[ks.index(k)].item()
-                changes.append("{}: {:+.3f}+-{:.3f}".format(other.name, *numbers))
-        lines.append(f"- @{k}: {own.name} minus {', minus '.join(changes)}")
-    return [f"The diagonal (all {count} intervals hold at once with 95 %):", "\n".join(lines)]
+            changes += [f"{other.name} {evaluate.cell(row).strip()}"
+                        for row in evaluate.summary([other, own], count)
+                        if row["minus"] and row["metric"].endswith(f"@{k}")]
+        if changes:
+            lines.append(f"- @{k}: {own.name} minus {', '.join(changes)}")
+    return "\n".join(lines)
 
 
-def report(name: str, results: dict[str, dict[int, tuple]], failed: list[str], out: Path) -> str:
-    """Levels, paired differences and verdicts of an experiment; a figure."""
-    question, reference, _ = EXPERIMENTS[name]
-    results = {label: each for label, each in results.items() if each}
-    seeds = set.intersection(*map(set, results.values())) if results else set()
+def report(name: str, results: dict[str, list[tuple]], failed: list[str], out: Path) -> str:
+    """Levels, paired differences and verdicts of the settings that are done; a figure."""
+    question, settings = EXPERIMENTS[name]
     parts = [f"## {name}", question, *failed]
-    if not seeds:
-        return "\n\n".join([*parts, "No seed is done for every setting: nothing to report."])
-    check_alike(results)
-    order = sorted(results, key=lambda label: label != reference)
-    curves = [curve_of(label, [results[label][seed] for seed in sorted(seeds)])
-              for label in order]
-    draw(name, curves, results, out / f"{name}.png")
-    count = (len(curves) - 1) * len(curves[0].ks)
-    verdicts = [verdict(curve.name, order[0], *evaluate.difference(curve, curves[0], count))
-                for curve in curves[1:]]
-    more = []
+    if not results:
+        return "\n\n".join([*parts, "No setting is done."])
+    versions = {str((evals[-1]["ids"], config["git_commit"]))
+                for each in results.values() for evals, _, config in each}
+    if len(versions) > 1:
+        cli.fail("some cells were made with other held-out problems or another version of the "
+                 "code: delete the older ones, or give another --out")
+    first, *others = curves = [curve_of(*each) for each in results.items()]
+    draw(curves, out / f"{name}.png")
+    count = len(others) * len(first.ks)
+    parts += [f"```\n{evaluate.table(curves, name, count)}\n```",
+              "\n".join(verdict(each, first, count) for each in others)]
     if name in ("alignment", "graded"):
-        first = [results[order[0]][seed] for seed in sorted(seeds)]
-        more = diagonal(curve_of("before", first, "before"), curves)
-    each = [f"{curve.name:28s} " + " ".join(f"{mean:.3f}" for mean in each_seed(curve, 8))
-            for curve in curves]
-    return "\n\n".join([
-        *parts, f"```\n{evaluate.table(curves, name, count)}\n```", "\n".join(verdicts),
-        *more,
-        f"Each seed by itself, {curves[0].metric}@8:", "\n".join(["```", *each, "```"]),
-        f"{len(seeds)} seed(s); {', '.join(LATE.values())}: the last quarter of training. "
-        f"`python ablate.py {' '.join(sys.argv[1:])}`"])
+        parts.append(diagonal(curve_of("before", results[first.name], 0), curves, settings))
+    k = min(8, first.ks[-1])
+    parts += [f"Each seed by itself, {first.metric}@{k}:", "```"]
+    for curve in curves:
+        each = " ".join(f"{mean:.3f}" for mean in each_seed(curve, k))
+        parts[-1] += f"\n{curve.name:28s} {each}"
+    parts[-1] += "\n```"
+    parts.append(f"{len(first.values)} seed(s); {', '.join(LATE.values())}: the last quarter of "
+                 f"training. `python ablate.py {' '.join(sys.argv[1:])}`")
+    return "\n\n".join(parts)
 
 
 def each_seed(curve: Curve, k: int) -> list[float]:
-    """Mean estimate of each seed at k, or at the largest one below."""
-    at = sum(each <= k for each in curve.ks) - 1
-    return curve.values[..., at].mean(-1).tolist()  # (S,)
+    return curve.values[..., curve.ks.index(k)].mean(-1).tolist()  # (S,)
 
 
-def draw(name: str, curves: list[Curve], results: dict, path: Path) -> None:
-    """The curves, where they are few, and each seed; of `entropy`, its course over training."""
+def draw(curves: list[Curve], path: Path) -> None:
+    """Each seed at k = 1 and 8; in place of the first the curves, where they are few."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if len(curves) <= 5:
-        evaluate.draw_curves(left, curves)
-    else:
-        draw_seeds(left, curves, 1)
-    if name == "entropy":
-        looks = evaluate.looks_of([curve.name for curve in curves])
-        for curve, look in zip(curves, looks):
-            rows = [[row["entropy"] for row in rows] for _, rows, _ in results[curve.name].values()]
-            mean = evaluate.running_mean(torch.tensor(rows).mean(0).tolist())
-            right.plot(mean, label=curve.name, **{**look, "marker": None})
-        right.set(title="entropy while training (nats per answer)", xlabel="step")
-    else:
-        draw_seeds(right, curves, 8)
+    for axes, k in zip(figure.subplots(1, 2), (1, min(8, curves[0].ks[-1]))):
+        if k == 1 and len(curves) <= 5:
+            evaluate.draw_curves(axes, curves)
+            continue
+        for i, curve in enumerate(curves):  # a row per setting, a marker per seed
+            [look], seeds = evaluate.looks_of([curve.name]), each_seed(curve, k)
+            axes.plot(seeds, [-i] * len(seeds), **{**look, "linestyle": "none"})
+        axes.set(title=f"each seed by itself: {curves[0].metric}@{k}")
+        axes.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-
-
-def draw_seeds(axes, curves: list[Curve], k: int) -> None:
-    """A row per setting, a marker per seed."""
-    for i, curve in enumerate(curves):
-        [look], seeds = evaluate.looks_of([curve.name]), each_seed(curve, k)
-        axes.plot(seeds, [-i] * len(seeds), **{**look, "linestyle": "none"})
-    axes.set(title=f"each seed by itself: {curves[0].metric}@{k}")
-    axes.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])
-    axes.grid(alpha=0.3)
 
 
 def main(argv: list[str] | None = None) -> None:
     chosen, out, toy, seeds, flags = settle(sys.argv[1:] if argv is None else argv)
     if not chosen:
-        for name, (question, _, settings) in EXPERIMENTS.items():
+        for name, (question, settings) in EXPERIMENTS.items():
             print(f"{name:13s} {len(settings):2d} settings   {question}")
         return
-    cells = {(name, label, seed): cell(setting, seed, flags, out)
-             for name, settings in chosen.items() for label, setting in settings.items()
-             for seed in seeds}
+    cells = {(name, label): dict(cell(setting, seed, flags, out) for seed in seeds)
+             for name in chosen for label, setting in chosen[name].items()}
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    waiting = {folder: argv for argv, folder in cells.values() if not result(folder)}
+    waiting = {folder: words for each in cells.values() for folder, words in each.items()
+               if not result(folder)}
     os.environ["OMP_NUM_THREADS"] = "1"
     reasons = run_cells(waiting, (os.cpu_count() or 1) if toy else 1)
-    for name, settings in chosen.items():
-        results: dict[str, dict] = {label: {} for label in settings}
-        failed = []
-        for (of, label, seed), (_, folder) in cells.items():
-            if of == name and (found := result(folder)):
-                results[label][seed] = found
-            elif of == name:
-                failed.append(f"- {label}, seed {seed}: failed, {reasons.get(folder)}")
+    for name in chosen:
+        results, failed = {}, []
+        for label in chosen[name]:
+            found = {folder: result(folder) for folder in cells[name, label]}
+            failed += [f"- {label}: {folder.name} failed, {reasons.get(folder)}"
+                       for folder in found if not found[folder]]
+            if all(found.values()):
+                results[label] = [*found.values()]
         text = report(name, results, failed, out)
         (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}")

@@ -65,7 +65,7 @@ class Curve:
     problems: tuple[str, ...]  # the M problem ids
     more: dict[str, Tensor] = field(default_factory=dict)  # columns, (M,) or (S,)
     failures: int = 0  # answers that the grader lost: they count as wrong
-    rows: tuple = ()  # the answers themselves, as in samples.jsonl
+    rows: tuple = ()  # the answers themselves: see page.rows_of
 
 
 class Answer(NamedTuple):
@@ -308,7 +308,7 @@ def read_samples(path: Path) -> Samples:
             group = [Answer(each["text"], bool(each["finished"])) for each in row["answers"]]
             if not settings:
                 problems = tasks.load_problems(str(head["data"]), head["limit"])
-                settings = {**head, "data_digest": tasks.digest_of(problems)}
+                settings = {**head, "data_digest": cli.digest(problems)}
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a row of sample.py "
                             f"({type(error).__name__}: {error})") from error

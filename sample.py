@@ -336,12 +336,12 @@ def head_of(args, problems: list) -> dict:
     base, adapter = run.resolve_model(args.model)
     return {**{name: getattr(args, name) for name in SAMPLING},
             "checkpoint": adapter and adapter.name, "weights": weights_of(base, adapter),
-            "data_digest": tasks.digest_of(problems)}
+            "data_digest": cli.digest(problems)}
 
 
 def rows_done(path: Path, head: dict) -> int:
     """Whole rows in a samples file. UserError unless each begins with this head."""
-    rows = cli.read_rows(path, appended=True) if path.exists() else []
+    rows = cli.read_rows(path, appended=True)
     begun = path.read_bytes()[:9] if path.exists() and not rows else b""
     if not b'{"data": '.startswith(begun):
         cli.fail(f"{path} is not a file of sample.py; move it away")

@@ -15,12 +15,11 @@ from lib import cli
 if __name__ == "__main__":
     cli.refuse_early(lambda: cli.parse(__doc__, cli.SETTINGS))
 
-import math
 import random
 import subprocess
 import sys
 import time
-from datetime import datetime
+from math import inf
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ import evaluate
 import rspo
 import sample
 from lib import page, policy, tasks
-from lib.cli import flag
 from lib.run import RUN_FLAGS, Run, flags_of, read_adapter, read_config, resolve_model
 
 
@@ -82,26 +80,23 @@ def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
     """Sample and grade --eval-n answers to each held-out problem, once per step."""
     if any(row["step"] == run.step for row in run.read("evals.jsonl")):
         return
-    groups, label = [], f"evaluating at step {run.step}"
-    place = args.seed, "evaluate", run.step
-    for block in sample.sample_blocks(sampler, held_out, args.eval_n, place, label):
+    groups, place = [], (args.seed, "evaluate", run.step)
+    for block in sample.sample_blocks(sampler, held_out, args.eval_n, place, "evaluating"):
         groups += block
         run.stop_if_asked()
     rewards, failures = grade(held_out, groups)  # (M, n)
-    if failures:
-        tqdm.write(f"step {run.step}: {failures} held-out answers were not graded: they earn 0")
-    few = slice(None, None, math.ceil(len(groups) / 8))
-    answers = [group[:64] for group in groups[few]]
-    run.write("samples.jsonl", [
-        {"step": run.step, **row}
-        for row in page.rows_of(held_out[few], answers, rewards[few].tolist())])
-    run.write("evals.jsonl", [{"step": run.step, "ids": [p.id for p in held_out],
-                               "rewards": rewards.tolist(), "grader_failures": failures}])
+    few = slice(None, None, len(groups) // 8 or 1)
+    run.write("evals.jsonl", [{
+        "step": run.step, "ids": [p.id for p in held_out], "rewards": rewards.tolist(),
+        "grader_failures": failures,
+        "samples": page.rows_of(held_out[few], groups[few], rewards[few].tolist())}])
 
 
 def grade(problems: list, groups) -> tuple[Tensor, int]:
     """Rewards (P, n) of rollouts [P][n], and how many answers the grader lost."""
     rewards, failures = tasks.grade_all(problems, groups)
+    if failures:
+        tqdm.write(f"{failures} answers were not graded: they earn 0")
     rewards = torch.tensor(rewards)  # (P, n)
     for p, i in (~rewards.isfinite()).nonzero().tolist():
         raise policy.BadNumbers(f"a reward is {rewards[p, i].item()}", groups[p][i])
@@ -124,11 +119,8 @@ def batch_at(total: int, step: int, size: int, seed: int) -> list[int]:
 
 
 def ks_at(spec: str, step: int, steps: int) -> tuple:
-    """The ks of a step: "4" is one, "1,4,16" a mixture, "8:1" anneals 8, 7, ..., 1.
-
-    "harmonic" stands for all of them at once, and is passed on to the weights.
-    """
-    if spec == "harmonic":
+    """The ks of a step: "4" is one, "1,4,16" a mixture, "8:1" anneals 8, 7, ..., 1."""
+    if spec == "harmonic":  # all of them at once, for the weights
         return (spec,)
     if ":" not in spec:
         return tuple(map(int, spec.split(",")))
@@ -142,7 +134,6 @@ def ks_at(spec: str, step: int, steps: int) -> tuple:
 # ---------------------------------------------------------------- what a step reports
 
 PARTS = "evaluate_seconds", "sample_seconds", "grade_seconds", "learn_seconds"
-INF = float("inf")
 
 
 def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> dict:
@@ -154,7 +145,6 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
     right = {(p, groups[p][i].text) for p, i in (rewards == 1).nonzero().tolist()}
     return {
         "step": step, "k": ",".join(map(str, ks)), "reward": rewards.mean().item(),
-        f"{metric}@1": rspo.max_at_k(rewards, 1).mean().item(),
         f"{metric}@k": torch.stack(best).mean().item(),
         "distinct_correct": len(right) / len(groups),
         "zero_weight_prompts": (weights == 0).all(-1).double().mean().item(),
@@ -168,16 +158,16 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
 
 
 ALARMS = {  # column, from where to where it rings, what to change; the first one counts
-    "gap": ("logprob_gap_mean", 0.05, INF, "off-policy: take --sampler hf --dtype float32"),
-    "cut off": ("truncated", 0.5, INF, "cut-off answers earn 0: raise --max-new-tokens"),
-    "solved": ("reward", 0.95, INF, "nothing is left to learn: take harder --data"),
-    "no signal": ("zero_weight_prompts", 0.95, INF, "take other --data or a larger --n"),
-    "collapse": ("entropy", -INF, 0.05, "one answer per prompt: lower --lr or raise --k of passk"),
+    "gap": ("logprob_gap_mean", 0.05, inf, "off-policy: take --sampler hf --dtype float32"),
+    "cut off": ("truncated", 0.5, inf, "cut-off answers earn 0: raise --max-new-tokens"),
+    "solved": ("reward", 0.95, inf, "nothing is left to learn: take harder --data"),
+    "no signal": ("zero_weight_prompts", 0.95, inf, "take other --data or a larger --n"),
+    "collapse": ("entropy", -inf, 0.05, "one answer per prompt: lower --lr or raise --k of passk"),
 }
 
 
 def report_step(args, run: Run, row: dict) -> None:
-    """Keep a row; ten times per run print the means since the last line."""
+    """Keep a row; ten times per run print the means of the last tenth."""
     run.write("metrics.jsonl", [row])
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -188,8 +178,6 @@ def report_step(args, run: Run, row: dict) -> None:
     if row["step"] != 1 and row["step"] % every:
         return
     rows = run.read("metrics.jsonl")[-every:]
-    if row["step"] == every > 1:
-        rows = rows[1:]  # the first one has its line already
     mean = {name: sum(each[name] or 0 for each in rows) / len(rows)
             for name in row if name != "k"}
     for name, (column, low, high, sentence) in ALARMS.items():
@@ -198,28 +186,23 @@ def report_step(args, run: Run, row: dict) -> None:
             break
     best, label = evaluate.best_of_k(rows)
     seconds = sum(mean[part] for part in PARTS)
-    line = (f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
-            f"{label} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
-            f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s")
-    if mean["grader_failures"]:
-        line += f"  not graded {mean['grader_failures']:.2g}"
-    tqdm.write(line)
+    tqdm.write(f"step {row['step']:>4d}/{args.steps}  reward {mean['reward']:.3f}  "
+               f"{label} {mean[best]:.3f}  entropy {mean['entropy']:.2f}  "
+               f"no signal {mean['zero_weight_prompts']:.0%}  {seconds:.2f} s")
 
 
 def report_run(run: Run, held_out: list, k: str) -> None:
     """Table, figures and a page of answers, before against after."""
     first, *_, last = run.read("evals.jsonl")
     ks = tuple(k for k in evaluate.powers_of_two(len(first["rewards"][0])) if k <= 32)
-    known = {p.id: p for p in held_out}
     sides = {"before": first, f"after {last['step']} steps": last}
-    curves = [evaluate.make_curve(name, [known[i] for i in row["ids"]], row["rewards"], ks)
+    curves = [evaluate.make_curve(name, held_out, row["rewards"], ks)
               for name, row in sides.items()]
-    samples = [(name, [each for each in run.read("samples.jsonl") if each["step"] == row["step"]])
-               for name, row in sides.items()]
     print(f"\n{evaluate.table(curves)}")
     evaluate.plot(curves, run.folder / "curves.png", run.folder.name)
     evaluate.plot_history(run.read("metrics.jsonl"), run.folder / "history.png")
-    page.write(run.folder / "samples.html", run.folder.name, k, samples)
+    page.write(run.folder / "samples.html", run.folder.name, k,
+               [(name, row["samples"]) for name, row in sides.items()])
     print(f"\nfigures: {run.folder}/*.png; answers to read: {run.folder}/samples.html; next: "
           f"python evaluate.py --model {run.folder}")
 
@@ -232,10 +215,10 @@ def settle(argv: list[str] | None):
     if args.resume:
         for name in RUN_FLAGS:
             if getattr(args, name) is not None:
-                cli.fail(f"--resume brings every setting: leave out {flag(name)}")
+                cli.fail(f"--resume brings every setting: leave out {cli.flag(name)}")
         if not (config := read_config(args.resume)):
             cli.fail(f"--resume {args.resume}: no run directory there")
-        vars(args).update(config["flags"])
+        vars(args).update(config["flags"], run=args.resume)
         return args
     args.model = args.model or "toy"
     base, adapter = resolve_model(args.model)
@@ -246,11 +229,11 @@ def settle(argv: list[str] | None):
         own["lora_rank"] = read_adapter(adapter).r
         for name, value in own.items():
             if getattr(args, name) not in (None, value):
-                cli.fail(f"{flag(name)} is {getattr(args, name)}, but the adapter of "
+                cli.fail(f"{cli.flag(name)} is {getattr(args, name)}, but the adapter of "
                          f"{args.model} has {value}")
     cli.settle(args, cli.SETTINGS, cli.is_toy(base), own)
     args.sampler = sample.pick_sampler(args.sampler, args.dtype)
-    name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.run = args.run or Path("runs") / name.replace(":", "to").replace(",", "_")
     if args.run.exists() or ".." in args.run.parts:
         cli.fail(f"--run is {args.run}, but must be a new folder, without '..' (or --resume it)")
@@ -273,20 +256,19 @@ def check(args, graded: bool) -> None:
             cli.fail(f"--k {args.k} --objective {args.objective}: {error}")
 
 
-def config_of(args, problems: list, held_out: list) -> dict:
+def config_of(args, data: dict) -> dict:
     """What config.json holds: settings, versions, git commit, digests of the data."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
     used = {"torch", "transformers", "peft", "vllm"} & sys.modules.keys()
     return {"flags": {name: getattr(args, name) for name in RUN_FLAGS},
             "versions": {name: sys.modules[name].__version__ for name in sorted(used)},
-            "git_commit": commit, "data": {
-                "training": tasks.digest_of(problems), "held-out": tasks.digest_of(held_out)}}
+            "git_commit": commit, "data": data}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = settle(argv)
-    run = Run(args.resume) if args.resume else None  # refused at once if in use
+    run = Run(args.run) if args.resume else None  # refused at once if in use
     base, adapter = resolve_model(args.model)
     device = "cpu" if cli.is_toy(base) else None
     if device:
@@ -294,27 +276,24 @@ def main(argv: list[str] | None = None) -> None:
     problems, held_out, args.data, args.eval_data = tasks.train_and_eval(
         args.data, args.eval_data, args.limit)
     check(args, problems[0].graded)
-    if args.resume:
-        before = read_config(args.resume)["data"]
-        for which, each in (("training", problems), ("held-out", held_out)):
-            if before[which] != tasks.digest_of(each):
-                cli.fail(f"--resume {args.resume}: its {which} problems have changed since it "
-                         "began; put them back or start a new run")
-    model, tokenizer = policy.load_model(base, adapter, args.dtype, device,
-                                         trainable_adapter=True, load_in_4bit=args.load_in_4bit)
+    data = {"training": cli.digest(problems), "held-out": cli.digest(held_out)}
+    if run and read_config(args.run)["data"] != data:
+        cli.fail(f"--resume {args.run}: its problems have changed since it began; put them back "
+                 "or start a new run")
+    model, tokenizer = policy.load_model(base, adapter, args.dtype, device, args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    asked = [tasks.encode(each, tokenizer, model.config, args.max_new_tokens, each is held_out)
-             for each in (problems, held_out)]
-    sampler = sample.make_sampler(args, model, tokenizer, sum(asked, []),
-                                  (args.resume or args.run) / ".adapter", args.gpu_memory)
-    run = run or Run(args.run, config_of(args, problems, held_out))
+    problems = tasks.encode(problems, tokenizer, model.config, args.max_new_tokens, False)
+    held_out = tasks.encode(held_out, tokenizer, model.config, args.max_new_tokens)
+    sampler = sample.make_sampler(args, model, tokenizer, problems + held_out,
+                                  args.run / ".adapter", args.gpu_memory)
+    run = run or Run(args.run, config_of(args, data))
     learner = policy.Learner(model, args.lr, args.temperature, args.micro_batch_tokens,
                              cap=2.0 if args.sampler == "vllm" else 0.0)
-    with run.guarded(learner, sum(asked, [])):
-        train(args, run, learner, sampler, *asked)
+    with run.guarded(learner, problems + held_out):
+        train(args, run, learner, sampler, problems, held_out)
     report_run(run, held_out, args.k)
 
 

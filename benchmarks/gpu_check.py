@@ -200,7 +200,7 @@ def memory(shape: str) -> dict:
     weights, original = torch.ones(len(rollouts)), policy.token_logprobs
     learner.micro_batch_tokens = batch_tokens // 4
     learner.update(rollouts, weights)
-    quarter = torch.cat([p.grad.flatten() for p in learner.parameters])
+    quarter = torch.cat([p.grad.flatten() for p in learner.named.values()])
 
     def starved(model, some, temperature):
         if len(some) * max(map(policy.length, some)) > batch_tokens // 4:
@@ -213,7 +213,7 @@ def memory(shape: str) -> dict:
         policy.token_logprobs = starved
     learner.micro_batch_tokens = batch_tokens
     learner.update(rollouts, weights)
-    found = torch.cat([p.grad.flatten() for p in learner.parameters])
+    found = torch.cat([p.grad.flatten() for p in learner.named.values()])
     off, fits = ((found - quarter).norm() / quarter.norm()).item(), learner.micro_batch_tokens
     how = "a real error" if ON_GPU else "a stand-in's error"
     return {"said": f"{batch_tokens} -> {fits} tokens, {how}; gradient off by {off:.1g}",

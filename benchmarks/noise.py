@@ -45,8 +45,8 @@ def draw(args, count: int):
     base, adapter = run.resolve_model(args.model)
     if base == str(run.TOY):
         torch.set_num_threads(1)
-    model, tokenizer = policy.load_model(base, adapter, args.dtype, trainable_adapter=True,
-                                         load_in_4bit=args.load_in_4bit)
+    model, tokenizer = policy.load_model(
+        base, adapter, args.dtype, load_in_4bit=args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)
     problems = tasks.train_and_eval(args.data, args.eval_data, 1)[0]

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-
 TOY = Path(__file__).resolve().parent.parent / "toy"
 
 
@@ -82,25 +81,17 @@ def parse(doc: str, settings: dict[str, Setting], argv: list[str] | None = None)
         parser.add_argument(flag(name), help=text, **how)
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
-        refuse(word, settings)
+        name, _, value = word.lstrip("-").lower().replace("-", "_").partition("=")
+        if name in ("top_p", "top_k", "min_p"):
+            fail(f"{word} is not for RSPO: its gradient is right only for the whole softmax")
+        near = nearest(flag(MEANT.get(name, name)), map(flag, settings), 0.75, value)
+        fail(f"{word!r} is unknown{near}; see --help")
     for name, each in settings.items():
         value, least, most = getattr(args, name), each.least, each.most
         if type(value) in (int, float) and not least <= value <= most:
             limit = f" and at most {most:g}" if most < 1e15 else ""
             fail(f"{flag(name)} is {value}, but must be at least {least}{limit}")
     return args
-
-
-def refuse(word: str, settings: dict[str, Setting]) -> None:
-    """Refuse a word that is no flag, with a near one."""
-    name, _, value = word.lstrip("-").lower().replace("-", "_").partition("=")
-    name = MEANT.get(name, name)
-    if name in ("top_p", "top_k", "min_p"):
-        fail(f"{word} is not for RSPO: its gradient is right only for the whole softmax")
-    hint = nearest(flag(name), map(flag, settings), 0.75)
-    if name in settings:
-        hint = f", did you mean {flag(name)} {value}".rstrip() + "?"
-    fail(f"{word!r} is unknown{hint}; see --help")
 
 
 def settle(args: argparse.Namespace, settings: dict[str, Setting], toy: bool, own: dict) -> None:
@@ -131,10 +122,10 @@ def digest(what) -> str:
     return hashlib.sha256(what if isinstance(what, bytes) else repr(what).encode()).hexdigest()
 
 
-def nearest(name: str, known, cutoff: float = 0.65) -> str:
-    """", did you mean 'x'?" where a known name is near, else ""."""
-    near = difflib.get_close_matches(name, list(known), 1, cutoff)
-    return f", did you mean {near[0]!r}?" if near else ""
+def nearest(name: str, known, cutoff: float = 0.65, value: str = "") -> str:
+    """", did you mean x?" where a known name is near, else ""; value: what stands behind it."""
+    near = difflib.get_close_matches(name, known, 1, cutoff)
+    return f", did you mean {near[0]} {value}".rstrip() + "?" if near else ""
 
 
 def run_script(main) -> None:
@@ -164,8 +155,10 @@ def refuse_early(parse_flags) -> None:
 def read_rows(path: Path, appended: bool = False) -> list[tuple[int, dict]]:
     """(line number, object) of each line of a .jsonl file.
 
-    appended: rows are added whole; behind the last newline is half a row or nothing.
+    appended: it may not be there yet, and behind its last newline is half a row or nothing.
     """
+    if appended and not path.exists():
+        return []
     try:
         lines = path.read_bytes().decode().split("\n")  # texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:

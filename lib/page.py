@@ -14,7 +14,7 @@ HEAD = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def rows_of(problems, groups, rewards) -> list[dict]:
-    """Problems with their answers and rewards, as in samples.jsonl."""
+    """Problems with their answers and rewards, as in evals.jsonl."""
     return [{"id": p.id, "task": p.task, "problem": p.question, "answer": p.answer, "answers": [
         {"text": a.text, "finished": a.finished, "reward": r} for a, r in zip(group, values)]}
             for p, group, values in zip(problems, groups, rewards)]

@@ -9,7 +9,6 @@ Shapes: B rollouts of at most L tokens, N completion tokens, D hidden, V vocabul
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -22,7 +21,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
@@ -58,8 +57,7 @@ def pick_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not hidden and shutil.which("nvidia-smi") and not subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True).returncode:
+    if not hidden and subprocess.getstatusoutput("nvidia-smi -L")[0] == 0:
         raise UserError(
             f"nvidia-smi sees a GPU that torch {torch.__version__} cannot use: it needs driver 580 "
             "or newer and requirements.txt (or CUDA_VISIBLE_DEVICES= to stay on the CPU)")
@@ -95,8 +93,7 @@ def loading(base: str):
             "internet, give a folder with config, tokenizer and *.safetensors") from error
 
 
-def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None,
-               trainable_adapter=False, load_in_4bit=False):
+def load_model(base: str, adapter=None, dtype="auto", device=None, load_in_4bit=False):
     """(model, tokenizer) of a folder or hub id, with the adapter if given.
 
     No dropout, no code of the checkpoint. 4 bits: NF4 (QLoRA, arXiv 2305.14314).
@@ -125,14 +122,8 @@ def load_model(base: str, adapter: Path | None = None, dtype="auto", device=None
     model.requires_grad_(False)
     if adapter is not None:
         with loading(str(adapter)):
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable_adapter)
-        use_lora_linear(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):  # an adapter's
-            module.p = 0.0
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it has no gradient
-    return model.eval(), tokenizer
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return prepare(model), tokenizer
 
 
 def write_dequantised(base: str, dtype: str, folder: str) -> None:
@@ -148,12 +139,10 @@ def add_lora(model, rank: int, seed: int) -> PeftModel:
     config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
                         target_modules="all-linear", task_type="CAUSAL_LM")
     try:
-        model = get_peft_model(model, config)
+        return prepare(get_peft_model(model, config))
     except ValueError as error:  # Mamba, for one
         kind, reason = model.config.model_type, str(error).splitlines()[0][:200]
         raise UserError(f"PEFT puts no adapter on layers of {kind} models ({reason})") from error
-    use_lora_linear(model)
-    return model.eval()
 
 
 class LoraLinear(lora.Linear):
@@ -170,20 +159,24 @@ class LoraLinear(lora.Linear):
         A, B = self.lora_A[name].weight, self.lora_B[name].weight  # (r, in), (out, r)
         flat = x.flatten(0, -2).to(base.weight.dtype)  # (T, in)
         small = flat @ A.T * self.scaling[name]  # (T, r)
-        result = small @ B.T.contiguous()  # (T, out)  in this layout B's gradient is fast
-        if base.bias is not None:
-            result += base.bias
+        B = B.T.contiguous().T  # in this layout its gradient is fast
+        result = linear(small, B, base.bias)  # (T, out)
         return result.addmm_(flat, base.weight.T).unflatten(0, x.shape[:-1])
 
 
-def use_lora_linear(model: PeftModel) -> None:
-    """Not in 4 bits, on the head, nor where the adapter is more than LoRA (DoRA, a bias)."""
+def prepare(model):
+    """No dropout; LoraLinear but in 4 bits, on the head, and for more than LoRA (DoRA, a bias)."""
     head = model.get_output_embeddings()
     for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # an adapter's
+            module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # it has no gradient
         plain = type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear
         if plain and module is not head:
             if not module.lora_variant and not any(module.lora_bias.values()):
                 module.__class__ = LoraLinear
+    return model.eval()
 
 
 def trainable(model) -> dict[str, torch.nn.Parameter]:
@@ -192,12 +185,10 @@ def trainable(model) -> dict[str, torch.nn.Parameter]:
 
 def fingerprint(model) -> str:
     """Tells bases apart: a hash of how each weight begins, in bfloat16."""
-    parts = []
-    for name, weight in model.named_parameters():
-        if ".lora_" not in name and weight.is_floating_point():  # not 4 bits
-            start = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)
-            parts += [repr(tuple(weight.shape)).encode(), start.view(torch.uint8).numpy().tobytes()]
-    return digest(b"".join(parts))[:16]
+    return digest([
+        (tuple(weight.shape), weight.flatten()[:64].bfloat16().tolist())
+        for name, weight in model.named_parameters()
+        if ".lora_" not in name and weight.is_floating_point()])[:16]  # not 4 bits
 
 
 # ------------------------------------------------------------ log-probabilities
@@ -213,12 +204,10 @@ def token_logprobs(model, rollouts: list, temperature: float) -> tuple[Tensor, T
     The head sees completion positions only, a chunk at a time. They come from
     lengths: the pad token may be the end token.
     """
-    whole = [torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts]
-    ids = pad_sequence(whole, batch_first=True)  # (B, L)  no token sees the padding
-    target = torch.zeros_like(ids, dtype=torch.bool)  # (B, L)
-    for row, rollout in zip(target, rollouts):
-        row[len(rollout.prompt_ids):length(rollout)] = True
-    ids, target = ids.to(model.device), target.to(model.device)
+    pad = lambda rows: pad_sequence([torch.tensor(row) for row in rows], True).to(model.device)
+    ids = pad(r.prompt_ids + r.completion_ids for r in rollouts)  # (B, L)  padding comes last
+    target = pad([False] * len(r.prompt_ids) + [True] * len(r.completion_ids)
+                 for r in rollouts)  # (B, L)
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone, head = causal.base_model, causal.get_output_embeddings()
     with precision(causal):
@@ -269,13 +258,11 @@ class Learner:
 
     def __init__(self, model, lr, temperature, micro_batch_tokens: int, cap: float = 0):
         self.model, self.named = model, trainable(model)
-        self.parameters = list(self.named.values())
-        self.optimizer = AdamW(self.parameters, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+        self.optimizer = AdamW(
+            self.named.values(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
         self.temperature, self.cap = temperature, cap
         self.micro_batch_tokens = micro_batch_tokens
-        self.recomputes = model.is_gradient_checkpointing
         self.adapter_arrived = False  # the sampler was seen to use it
-        self.compared = torch.zeros(3)  # tokens, their gap to policy and base
 
     def update(self, rollouts: list, weights: Tensor) -> dict:
         """One step along (1/B) sum_i W_i grad log pi(y_i), weights (B,).
@@ -286,8 +273,7 @@ class Learner:
         """
         total = defaultdict(float)  # equal answers are learned once, with the sum of weights
         for rollout, weight in zip(rollouts, weights.tolist(), strict=True):
-            if weight:
-                total[rollout] += weight
+            total[rollout] += weight
         kept = {rollout: weight for rollout, weight in total.items() if weight}
         if not kept:
             return {"grad_norm": 0.0, "learned_tokens": 0,
@@ -304,7 +290,7 @@ class Learner:
                 self.micro_batch_tokens //= 2
                 torch.cuda.empty_cache()
                 tqdm.write(f"out of memory: --micro-batch-tokens is {self.micro_batch_tokens} now")
-        norm = clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
+        norm = clip_grad_norm_(self.named.values(), MAX_GRAD_NORM).item()
         if not isfinite(norm):
             raise BadNumbers(f"the gradient norm is {norm}", self._guilty(kept, len(rollouts)))
         self._check_sampler(gap, list(kept))
@@ -315,8 +301,8 @@ class Learner:
     def _gradient(self, kept: dict, samples: int) -> Tensor:
         """Leave the gradient of these rollouts with their weights. -> gap (N,)."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.recomputes:
-            self.model.train()  # only then does it
+        if self.model.is_gradient_checkpointing:
+            self.model.train()  # only then does it recompute
         gaps = []
         for batch in micro_batches(list(kept), self.micro_batch_tokens):
             logprobs, row = token_logprobs(self.model, batch, self.temperature)
@@ -333,7 +319,7 @@ class Learner:
         """The rollout whose gradient alone is not finite, or None."""
         for rollout, weight in kept.items():
             self._gradient({rollout: weight}, samples)
-            if not clip_grad_norm_(self.parameters, MAX_GRAD_NORM).isfinite():
+            if not clip_grad_norm_(self.named.values(), MAX_GRAD_NORM).isfinite():
                 return rollout
 
     @torch.no_grad()
@@ -350,21 +336,17 @@ class Learner:
                 f"sampler and learner disagree by {gap.mean():.2g} nats per token, "
                 f"rounding by {allowed:g}: another adapter, base or temperature, "
                 "top-k, top-p, or logits that change after the output layer")
-        if self.adapter_arrived:
+        if self.adapter_arrived or len(gap) < TOKENS_TO_DECIDE:
             return
         batches = micro_batches(rollouts, self.micro_batch_tokens)
-        while batches and self.compared[0] < TOKENS_TO_DECIDE:
-            few = batches.pop()  # the shortest first
-            policy, _ = token_logprobs(self.model, few, self.temperature)  # (N,)
+        tokens = to_base = 0
+        while tokens < TOKENS_TO_DECIDE:
+            few = batches.pop()  # the shortest, which are the end of `gap`
             with self.model.disable_adapter():
                 base, _ = token_logprobs(self.model, few, self.temperature)  # (N,)
-            sampled = sampled_logprobs(few).to(base)  # (N,)
-            gaps = [(sampled - own).abs().sum() for own in (policy, base)]
-            self.compared += torch.tensor([len(sampled), *gaps])
-        tokens, to_policy, to_base = self.compared.tolist()
-        if tokens < TOKENS_TO_DECIDE:  # go on in the next step
-            return
-        self.compared.zero_()
+            to_base += (base.cpu() - sampled_logprobs(few)).abs().sum().item()
+            tokens += len(base)
+        to_policy = gap[-tokens:].sum().item()
         self.adapter_arrived = to_base > 2 * to_policy
         if to_policy > 2 * to_base:
             raise UserError("the sampler answers as the base model does: "

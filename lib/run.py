@@ -153,8 +153,7 @@ class Run:
         self._lock = lock(folder / "config.json", refusal)
 
     def read(self, name: str) -> list[dict]:
-        path = self.folder / name
-        return [row for _, row in read_rows(path, appended=True)] if path.exists() else []
+        return [row for _, row in read_rows(self.folder / name, appended=True)]
 
     def write(self, name: str, rows: list[dict]) -> None:
         write_rows(self.folder / name, rows)
@@ -187,15 +186,14 @@ class Run:
             if state.get("base") != fingerprint(learner.model):
                 raise UserError(f"checkpoint {checkpoint} was written with another base model")
             set_peft_model_state_dict(learner.model, load_file(checkpoint / WEIGHTS))
-            saved, names = learner.optimizer.state_dict(), list(learner.named)
-            for key, value in load_file(checkpoint / MOMENTS).items():
+            moments = load_file(checkpoint / MOMENTS, str(learner.model.device))
+            for key, value in moments.items():
                 name, kind = key.rsplit(":", 1)
-                saved["state"].setdefault(names.index(name), {})[kind] = value
-            learner.optimizer.load_state_dict(saved)
+                learner.optimizer.state[learner.named[name]][kind] = value
             self.step = int(checkpoint.name[5:])
         elif any(self.folder.glob("step_*")):
             raise UserError(f"no checkpoint of {self.folder} is whole: give another --run")
-        for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "evals.jsonl"):
             rows = self.read(name)
             if not all(isinstance(row.get("step"), int) for row in rows):
                 raise UserError(f"{self.folder / name} is damaged: a row has no step")

@@ -1,8 +1,8 @@
 """Proof that ablate.py runs the experiments that it names, and reports what they say.
 
-1. Experiments are data: every flag exists, every setting can run, and the reference is one of
-   them. A cell is named after its flags, so experiments share cells.
-2. Verdicts, stars and intervals of a report agree, over the seeds that all settings have. What
+1. Experiments are data: every flag exists, and every setting can run. A cell is named after its
+   flags, so experiments share cells.
+2. Verdicts, stars and intervals of a report agree. A setting with a failed cell is left out. What
    is reported is not what chose the toy's settings. Cells of two versions are not mixed.
 3. A cell that fails harms no other, and its reason is in the report. Killed at once (-9), nothing
    runs on, and the same command goes on to the same numbers. What is done is not done again.
@@ -12,11 +12,13 @@
 import json
 import multiprocessing
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from lib.cli import UserError
 STEPS, LIMIT = 12, 4
 TINY = (f"--steps {STEPS} --prompts 2 --n 4 --eval-n 4 --save-every 4 --seeds 1 "
         f"--limit {LIMIT}").split()
-SETTINGS = [(name, label, setting) for name, (_, _, settings) in ablate.EXPERIMENTS.items()
+SETTINGS = [(name, label, setting) for name, (_, settings) in ablate.EXPERIMENTS.items()
             for label, setting in settings.items()]
 MEASURED = ("_per_s", "_seconds", "peak_memory_gb")  # columns that no two runs share
 
@@ -46,10 +48,10 @@ def threads(monkeypatch):
 # ---------------------------------------------------------------- 1. experiments and cells
 
 @pytest.mark.parametrize("name", ablate.EXPERIMENTS)
-def test_an_experiment_asks_something_and_holds_settings_against_one_of_them(name):
-    question, reference, settings = ablate.EXPERIMENTS[name]
-    assert question and reference in settings and len(settings) > 1
-    folders = {ablate.cell(setting, 31, {}, Path("x"))[1] for setting in settings.values()}
+def test_an_experiment_asks_something_and_holds_settings_against_the_first(name):
+    question, settings = ablate.EXPERIMENTS[name]
+    assert question and len(settings) > 1
+    folders = {ablate.cell(setting, 31, {}, Path("x"))[0] for setting in settings.values()}
     assert len(folders) == len(settings)  # no two are the same run
 
 
@@ -57,7 +59,7 @@ def test_an_experiment_asks_something_and_holds_settings_against_one_of_them(nam
 @pytest.mark.parametrize("scale", ["--quick", "--seeds=3"])
 def test_train_takes_the_flags_of_every_cell(name, label, setting, scale):
     _, out, _, seeds, flags = ablate.settle([name, scale, "--no-tensorboard", "--lr", "0.01"])
-    words, folder = ablate.cell(setting, seeds[-1], flags, out)
+    folder, words = ablate.cell(setting, seeds[-1], flags, out)
     args = train.settle([*words, "--run", str(folder)])
     train.check(args, graded=args.data.startswith("divisor-graded"))
     assert (args.seed, args.lr, args.tensorboard) == (seeds[-1], 0.01, False)
@@ -65,7 +67,7 @@ def test_train_takes_the_flags_of_every_cell(name, label, setting, scale):
 
 
 def test_the_experiments_are_what_they_are_called():
-    settings = lambda name: ablate.EXPERIMENTS[name][2]
+    settings = lambda name: ablate.EXPERIMENTS[name][1]
     assert {each["k"] for each in settings("sanity").values()} == {1}
     for label, each in settings("samples").items():
         n, prompts = each.get("n", 32), each.get("prompts", 16)  # the toy's own
@@ -74,7 +76,7 @@ def test_the_experiments_are_what_they_are_called():
 
 
 def test_experiments_share_the_cells_of_equal_flags_and_no_others(tmp_path):
-    of = lambda setting, seed=31, **flags: ablate.cell(setting, seed, flags, tmp_path)[1]
+    of = lambda setting, seed=31, **flags: ablate.cell(setting, seed, flags, tmp_path)[0]
     same = [{"k": 4}, {"k": 4, "objective": "passk"}, {"k": 4, "flip": 0}]
     assert len({of(each) for each in same}) == 1
     others = [of({"k": 4}), of({"k": 4}, 32), of({"k": 4, "objective": "grpo"}), of({"k": 40}),
@@ -83,8 +85,7 @@ def test_experiments_share_the_cells_of_equal_flags_and_no_others(tmp_path):
     assert len(set(others)) == len(others)
     assert all(re.fullmatch(r"[\w.+-]+", folder.name) for folder in others)
     assert of({"k": 4, "objective": "grpo"}).name.startswith("k-4_objective-grpo_seed-31-")
-    cells = lambda name: {of(each) for each in ablate.EXPERIMENTS[name][2].values()}
-    assert cells("alignment") == cells("entropy")
+    cells = lambda name: {of(each) for each in ablate.EXPERIMENTS[name][1].values()}
     assert cells("hitchhiking") & cells("curve") == {of({"k": 8})}
 
 
@@ -102,20 +103,21 @@ KS = (1, 2, 4, 8, 16)
 GAINS = {"k = 1": 0.0, "k = 2": 0.3, "k = 4": -0.2, "k = 8": 0.02}
 
 
-def made_up(gains, seeds=(1, 2, 3), M=30, n=16):
+def made_up(gains, S=3, M=30, n=16):
     """Results of an experiment whose settings answer so much better than the first."""
     torch.manual_seed(0)
     ids, chance = [f"p{i}" for i in range(M)], 0.2 + 0.4 * torch.rand(M, 1)
     row = {"pass@k": 0.5, "reward": 0.2, "distinct_correct": 1.0, "zero_weight_prompts": 0.0}
-    return {label: {seed: (
-        {"ids": ids, "rewards": (torch.rand(M, n) < chance + gain).double().tolist(),
-         "before": (torch.rand(M, n) < 0.2).double().tolist()},
+    right = lambda chance: (torch.rand(M, n) < chance).double().tolist()
+    evaluation = lambda chance: {"ids": ids, "rewards": right(chance)}
+    return {label: [(
+        [evaluation(torch.tensor(0.2)), evaluation(chance + gain)],
         [{**row, "entropy": 1.0 + i} for i in range(8)], {"git_commit": "one"})
-        for seed in seeds} for label, gain in gains.items()}
+        for _ in range(S)] for label, gain in gains.items()}
 
 
-def estimates(results, label, when="rewards"):
-    rewards = torch.tensor([found[when] for found, *_ in results[label].values()])
+def estimates(results, label, at=-1):
+    rewards = torch.tensor([evals[at]["rewards"] for evals, *_ in results[label]])
     return torch.stack([rspo.pass_at_k(rewards, k) for k in KS], -1)  # (S, M, K)
 
 
@@ -158,39 +160,39 @@ def test_the_diagonal_compares_the_k_trained_for_with_every_other_one(tmp_path):
     lines = re.findall(r"^- @(\d+): k = (\d+) minus (.*)$", text, flags=re.M)
     assert [(int(k), int(own)) for k, own, _ in lines] == [(k, k) for k in KS]
     for k, own, rest in lines:
-        found = re.findall(r"(before|k = \d+): (\S+?)\+-([.\d]+)", rest)
+        found = re.findall(r"(before|k = \d+) (\S+?)\+-([.\d]+)", rest)
         assert len(found) == 5
         for other, mean, half in found:
-            old = ("k = 1", "before") if other == "before" else (other,)
+            old = ("k = 1", 0) if other == "before" else (other,)
             change = estimates(results, f"k = {own}") - estimates(results, *old)
             expected = [x[KS.index(int(k))].item() for x in evaluate.interval(change, 25)]
             assert [float(mean), float(half)] == pytest.approx(expected, abs=6e-4)
 
 
-def test_a_verdict_is_what_its_interval_says():
-    change = (1, 2, 4, 8, 16), [.011, -.011, .009, -.009, .02], [.01] * 4 + [float("nan")]
-    assert ablate.verdict("a", "b", *change) == (
+def test_a_verdict_is_what_its_interval_says(monkeypatch):
+    change = KS, [.011, -.011, .009, -.009, .02], [.01] * 4 + [float("nan")]
+    monkeypatch.setattr(evaluate, "difference", lambda *_: change)
+    assert ablate.verdict(SimpleNamespace(name="a"), SimpleNamespace(name="b"), 5) == (
         "- a against b: better at @1; worse at @2; not separated at @4, @8, @16.")
 
 
-def test_a_report_is_over_the_seeds_that_all_settings_have(tmp_path):
-    results = made_up(GAINS)
-    del results["k = 4"][2]
-    shared = {label: {seed: each[seed] for seed in (1, 3)} for label, each in results.items()}
-    text = ablate.report("alignment", results, [], tmp_path)
-    assert text == ablate.report("alignment", shared, [], tmp_path) and "2 seed(s)" in text
-    results["k = 8"] = {}  # a setting that failed altogether is left out
-    assert "2 seed(s)" in ablate.report("alignment", results, [], tmp_path)
-    results["k = 8"] = {9: shared["k = 8"][1]}
-    text = ablate.report("alignment", results, ["- why"], tmp_path)
-    assert "- why" in text and "nothing to report" in text
+def test_without_a_finished_setting_there_is_nothing_to_report(tmp_path):
+    text = ablate.report("alignment", {}, ["- why"], tmp_path)
+    assert "- why" in text and text.endswith("No setting is done.")
+
+
+@pytest.mark.parametrize("n", [4, 16])  # at n = 4 no estimate at 8 and 16 exists
+def test_a_k_that_cannot_be_evaluated_is_left_out_of_the_report(tmp_path, n):
+    text = ablate.report("alignment", made_up({f"k = {k}": 0.0 for k in KS}, n=n), [], tmp_path)
+    assert re.findall(r"- @(\d+): k", text) == [str(k) for k in KS if k <= n]
+    assert f"Each seed by itself, pass@{min(8, n)}:" in text
 
 
 def test_other_columns_are_means_of_the_last_quarter_of_training_over_the_seeds():
     results = made_up(GAINS)["k = 1"]
-    for seed, (_, metrics, _) in results.items():
+    for seed, (_, metrics, _) in enumerate(results, 1):
         metrics[-1]["reward"] = seed / 10
-    curve = ablate.curve_of("x", list(results.values()))
+    curve = ablate.curve_of("x", results)
     assert curve.metric == "pass" and curve.ks == KS and curve.values.shape == (3, 30, 5)
     torch.testing.assert_close(curve.more["reward"], torch.tensor([.15, .2, .25]).double())
     assert curve.more["entropy"].tolist() == [7.5] * 3  # of 7 and 8, the last two steps of eight
@@ -201,7 +203,7 @@ def test_a_cell_is_done_when_its_last_evaluation_is_there(tmp_path):
     args = train.settle(["--steps", "2", "--run", str(folder)])
     assert ablate.result(folder) is None
     folder.mkdir()
-    config = {"format": run.FORMAT, **train.config_of(args, [], [])}
+    config = {"format": run.FORMAT, **train.config_of(args, {})}
     (folder / "config.json").write_text(json.dumps(config))
     assert ablate.result(folder) is None
     last = {"step": 2, "ids": ["a", "b", "c"], "rewards": [[0.0], [1.0], [0.5]]}
@@ -212,12 +214,12 @@ def test_a_cell_is_done_when_its_last_evaluation_is_there(tmp_path):
     assert ablate.result(folder) is None
     cli.write_rows(folder / "evals.jsonl", [{**last, "step": 0}, last], "w")
     assert ablate.result(folder) == (
-        {**last, "before": last["rewards"]}, [{"step": 1}, {"step": 2}], run.read_config(folder))
+        [{**last, "step": 0}, last], [{"step": 1}, {"step": 2}], run.read_config(folder))
 
 
 def test_what_is_reported_is_not_what_chose_the_settings():
     for flags in ([], ["--quick"], ["--limit", "9"]):
-        words, folder = ablate.cell({"k": 8}, 31, ablate.settle(["noise", *flags])[4], Path("x"))
+        folder, words = ablate.cell({"k": 8}, 31, ablate.settle(["noise", *flags])[4], Path("x"))
         args = train.settle([*words, "--run", str(folder)])
         data = tasks.train_and_eval(args.data, args.eval_data, args.limit)
         assert data[2:] == ("divisor:train", "divisor:test")
@@ -225,13 +227,12 @@ def test_what_is_reported_is_not_what_chose_the_settings():
         assert not chose & {p.id for part in data[:2] for p in part}
 
 
-@pytest.mark.parametrize("change, said", [
-    ("ids", "different problems"), ("git_commit", "different versions of the code")])
-def test_cells_that_are_not_alike_are_not_mixed(tmp_path, change, said):
+@pytest.mark.parametrize("change", ["ids", "git_commit"])
+def test_cells_that_are_not_alike_are_not_mixed(tmp_path, change):
     results = made_up(GAINS)
-    evaluation, _, config = results["k = 4"][2]
-    (config if change == "git_commit" else evaluation)[change] = ["other"]
-    with pytest.raises(UserError, match=said):
+    evals, _, config = results["k = 4"][2]
+    (config if change == "git_commit" else evals[-1])[change] = ["other"]
+    with pytest.raises(UserError, match="other held-out problems or another version of the code"):
         ablate.report("alignment", results, [], tmp_path)
 
 
@@ -258,7 +259,7 @@ def records(out):
 
 def test_a_failed_cell_harms_no_other_and_its_reason_is_in_the_report(grid):
     text = (grid / "alignment.md").read_text()
-    [reason] = re.findall("- k = 8, seed 31: failed, (.*)", text)
+    [reason] = re.findall("- k = 8: k-8_seed-31-.* failed, (.*)", text)
     assert "--k 8 --objective passk: k is 8, but must be a whole number with 1 <= k <= n" in reason
     assert list(changes_in(text)) == ["k = 2", "k = 4"]
     assert "over 4 problems" in text and (grid / "alignment.png").stat().st_size > 10_000
@@ -267,7 +268,9 @@ def test_a_failed_cell_harms_no_other_and_its_reason_is_in_the_report(grid):
     assert sizes == [(STEPS, LIMIT)] * 3
 
 
-def test_the_same_command_and_another_experiment_do_nothing_twice(grid, monkeypatch, capsys):
+def test_the_same_command_and_another_experiment_do_nothing_twice(
+        grid, monkeypatch, tmp_path, capsys):
+    grid = shutil.copytree(grid, tmp_path / "grid")
     asked, run_cells = [], ablate.run_cells
 
     def count(cells, workers):
@@ -275,18 +278,20 @@ def test_the_same_command_and_another_experiment_do_nothing_twice(grid, monkeypa
         return run_cells(cells, workers)
     monkeypatch.setattr(ablate, "run_cells", count)
     before, reports = records(grid), []
-    for name in ("alignment", "entropy"):
+    for name in ("alignment", "hitchhiking-2"):
         ablate.main([name, *TINY, "--out", str(grid)])
-        assert (grid / f"{name}.md").read_text().strip() in capsys.readouterr().out
-        text = (grid / f"{name}.md").read_text().split("The diagonal")[0]
-        reports.append(re.findall(r"\S*\+-\S*", text))
-    assert asked == [["k-8", "k-16"]] * 2 and records(grid) == before  # only what failed, again
-    assert reports[0] == reports[1] != []
+        reports.append((grid / f"{name}.md").read_text())
+        assert reports[-1].strip() in capsys.readouterr().out
+    found = records(grid)
+    assert asked == [["k-8", "k-16"], ["k-2"]]  # only what failed, and what is new
+    assert {name: found[name] for name in before} == before and len(found) == len(before) + 1
+    [line, again] = (re.search("\nk = 2 .*", text)[0].split() for text in reports)
+    assert line == again and "+-" in line[3]
 
 
 def test_a_cell_that_is_killed_is_named_with_its_signal_and_goes_on(tmp_path):
     flags = dict(steps=3, prompts=2, n=4, limit=4, eval_n=4)
-    cells = dict(reversed(ablate.cell({"k": k}, 1, flags, tmp_path)) for k in (1, 2))
+    cells = dict(ablate.cell({"k": k}, 1, flags, tmp_path) for k in (1, 2))
     (tmp_path / "cells").mkdir()
     first, second = cells
     known = set(multiprocessing.active_children())
@@ -350,13 +355,13 @@ def test_without_an_experiment_all_are_listed(capsys):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("alignmnt", "experiment 'alignmnt' is unknown, did you mean 'alignment'?"),
+    ("alignmnt", "experiment 'alignmnt' is unknown, did you mean alignment?"),
     ("nothing-like-it", "experiment 'nothing-like-it' is unknown; python ablate.py lists"),
     *[(f"noise --{name} {value}", f"--{name} is what the experiments vary: leave it out")
       for name, value in (("k", 4), ("objective", "loo"), ("flip", 0), ("seed", 0), ("run", "x"),
                           ("resume", "x"))],
     ("noise --seeds 0", "--seeds is 0, but must be at least 1"),
-    ("noise --stps 3", "'--stps' is unknown, did you mean '--steps'"),
+    ("noise --stps 3", "'--stps' is unknown, did you mean --steps"),
     ("noise alignment", "'alignment' is unknown"), ("noise --steps 0", "--steps is 0")])
 def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, flags, said):
     with pytest.raises(UserError) as refused:

@@ -36,7 +36,7 @@ import rspo
 import sample
 import train
 from evaluate import Answer, Curve, difference, interval, make_curve, read_samples, table
-from lib import policy, run, tasks
+from lib import cli, policy, run, tasks
 from lib.cli import UserError
 from lib.tasks import Problem
 
@@ -337,9 +337,7 @@ DRAW = """if True:
     row = {"reward": 0.5, "pass@k": 0.5, "entropy": 1.0, "zero_weight_prompts": 0.0,
            "completion_tokens": 9.0, "grad_norm": 1.0}
     evaluate.plot_history([{"step": i, "k": "4", **row} for i in (1, 2)], folder / "history.png")
-    for name in ("entropy", "report"):
-        ablate.draw(name, curves, {name: {0: ({}, [row, row], {})} for name in "xy"},
-                    folder / f"{name}.png")
+    ablate.draw(curves, folder / "report.png")
     print([name for name in sys.modules if "matplotlib.pyplot" in name or "backend_tk" in name])
     print(dict.__getitem__(matplotlib.rcParams, "backend"))"""
 
@@ -350,7 +348,7 @@ def test_no_figure_needs_or_changes_a_backend(tmp_path):
         [sys.executable, "-c", DRAW, tmp_path], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "MPLBACKEND": "module://nowhere"})
     assert done.stdout == "[]\nmodule://nowhere\n", done.stderr
-    for name in ("curves", "history", "report", "entropy"):
+    for name in ("curves", "history", "report"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -386,7 +384,7 @@ def trained(tmp_path_factory):
     model = policy.add_lora(policy.load_model(str(run.TOY))[0], 4, seed=0)
     for parameter in policy.trainable(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
-    made = run.Run(folder, train.config_of(args, [], []))
+    made = run.Run(folder, train.config_of(args, {}))
     made.step = 7
     made.save(policy.Learner(model, 1e-3, 1.0, 10**4))
     return folder
@@ -496,7 +494,7 @@ def make_run(folder, std=0.0, step=7, **flags):
              for word in (f"--{name.replace('_', '-')}", str(value))]
     args = train.settle(words)
     args.data, args.eval_data = "divisor:train", "divisor:test"
-    made = run.Run(folder, train.config_of(args, [], []))
+    made = run.Run(folder, train.config_of(args, {}))
     made._lock.close()
     save(folder, std, step)
     return folder
@@ -659,7 +657,7 @@ FIRST, SECOND = DIVISORS = tasks.load_problems("divisor:test", 2)
 GOOD, LATER = ({
     "data": "divisor:test", "model": "toy", "n": 3, "temperature": 1.0, "max_new_tokens": 6,
     "sampler": "hf", "dtype": "float32", "load_in_4bit": False, "limit": 2, "seed": 0,
-    "checkpoint": None, "weights": "w", "data_digest": tasks.digest_of(DIVISORS),
+    "checkpoint": None, "weights": "w", "data_digest": cli.digest(DIVISORS),
     "id": p.id, "answers": [{"text": "7", "finished": True}] * 3} for p in DIVISORS)
 
 
@@ -703,7 +701,7 @@ def test_an_empty_or_missing_or_mixed_samples_file_is_refused(tmp_path, content,
     ("--model s.jsonl --n 4", "n is 4 in the command line and 3 in s.jsonl"),
     ("--model s.jsonl --data math500",
      "data is 'math500' in the command line and 'divisor:test' in s.jsonl"),
-    ("--model tox", "'tox' is unknown, did you mean 'toy'"),
+    ("--model tox", "'tox' is unknown, did you mean toy"),
     ("--model toy tox", "'tox' is unknown"), ("--model toy runs/x", "runs/x does not exist"),
     ("--data mathh", "did you mean"), ("--temperature -1", "--temperature is -1"),
     ("--tempreature 1", "did you mean")])

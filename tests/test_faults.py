@@ -49,7 +49,7 @@ PROCESSES = multiprocessing.get_context("forkserver")  # its server imports once
 PROCESSES.set_forkserver_preload(["train"])
 NAN, INF = float("nan"), float("inf")
 FILE_SIZES = resource.getrlimit(resource.RLIMIT_FSIZE)
-RECORDS = ("metrics.jsonl", "evals.jsonl", "samples.jsonl")
+RECORDS = ("metrics.jsonl", "evals.jsonl")
 GAME = ["--data", "divisor", "--max-new-tokens", 12]  # for a model that is not the toy
 TOKENIZER = tf.AutoTokenizer.from_pretrained(run.TOY)
 
@@ -88,7 +88,7 @@ def stopped_in_evaluation(step):
 
         def sample_blocks(*arguments):
             for i, block in enumerate(original(*arguments)):
-                if arguments[-1].endswith(f"step {step}"):
+                if arguments[3][1:] == ("evaluate", step):
                     assert i == 0, "it went on with the evaluation"
                     signal.raise_signal(signal.SIGTERM)
                 yield block
@@ -357,8 +357,8 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_no_finished_checkpoint(tmp_pat
     folder = copy_of(tiny, tmp_path / "run")
     shutil.rmtree(folder / "step_000003")
     process = start("train", "--resume", folder, grading_s=60)
-    before = (folder / "samples.jsonl").stat().st_ino
-    wait_for(lambda: (folder / "samples.jsonl").stat().st_ino != before, process)  # step 3 began
+    before = (folder / "evals.jsonl").stat().st_ino
+    wait_for(lambda: (folder / "evals.jsonl").stat().st_ino != before, process)  # step 3 began
     time.sleep(0.5)
     os.kill(process.pid, number)
     time.sleep(0.5)
@@ -429,7 +429,7 @@ REFUSED = {  # name: what happened to a finished run, what --resume says
     "next format": (change_config(lambda c: c.update(format=run.FORMAT + 1)), ANOTHER_VERSION),
     "a flag less": (change_config(lambda config: config["flags"].pop("flip")), ANOTHER_VERSION),
     "a flag more": (change_config(lambda c: c["flags"].update(keep=2)), ANOTHER_VERSION),
-    **{f"other {which} data": (other_data(which), f"its {which} problems have changed since")
+    **{f"other {which} data": (other_data(which), "its problems have changed since")
        for which in ("training", "held-out")},
     **{f"damaged {name}": (damaged_record(name), f"{name}, line 1: not a JSON object")
        for name in RECORDS},
@@ -617,15 +617,6 @@ def test_an_adapter_in_a_pickle_or_with_a_broken_config_is_refused_in_one_senten
         run.resolve_model(str(adapter))
     assert "\n" not in str(refused.value)
     assert text != "pickle" or f"no {run.WEIGHTS}, the only form" in str(refused.value)
-
-
-@pytest.mark.parametrize("name", ["../x", "a/../../x", ".."])
-def test_an_id_that_leads_out_is_refused(tmp_path, name):
-    data = tmp_path / "d.jsonl"
-    data.write_text(json.dumps({"id": name, "problem": "p", "answer": "1"}))
-    said = re.escape(f"d.jsonl, line 1: the id {name!r} must not hold '..'")
-    with pytest.raises(UserError, match=said):
-        tasks.load_problems(str(data))
 
 
 @pytest.mark.parametrize("eos", [1, None])

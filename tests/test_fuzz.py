@@ -184,7 +184,7 @@ ROWS = [{"id": "a", "problem": "1 + 1?", "answer": "2", "level": 3, "prompt": "e
         {"problem": "Größe\u2028x?", "answer": 7}, {"problem": "p", "answer": [1]}]
 ASKED = tasks.load_problems("divisor", 2)
 OF_ALL = dict.fromkeys(sample.HEAD) | {
-    "data": "divisor", "n": 2, "limit": 2, "data_digest": tasks.digest_of(ASKED)}
+    "data": "divisor", "n": 2, "limit": 2, "data_digest": cli.digest(ASKED)}
 SAMPLES = [{**OF_ALL, "id": p.id, "answers": [
     {"text": "3", "finished": True}, {"text": "\u2028", "finished": False}]} for p in ASKED]
 JSON = [*'{}[]",:\\ue0-+.', "null", "true", "NaN", "Infinity", "-1", "1e999", "9" * 5000,
@@ -228,16 +228,15 @@ def test_any_file_of_problems_is_read_or_refused_in_one_sentence(tmp_path, token
         for problem in attempt(tasks.load_problems, f"{path}{part}", limit) or []:
             read += 1
             assert problem.question.strip() and problem.answer.strip(), data
-            assert ".." not in Path(problem.id).parts, data
             json.dumps(vars(problem), ensure_ascii=False).encode()
             attempt(tasks.encode, [problem], tokenizer, UNLIMITED, 1)
     assert read > share("problems") // 10
 
 
 @pytest.mark.parametrize("text", [
-    '{"problem": "\\ud800", "answer": "1"}', '{"problem": "p", "answer": "1", "id": ".."}',
+    '{"problem": "\\ud800", "answer": "1"}',
     '{"problem": "p", "answer": ' + "9" * 5000 + "}"])
-def test_half_a_character_a_huge_number_and_a_way_out_are_refused(tmp_path, text):
+def test_half_a_character_and_a_huge_number_are_refused(tmp_path, text):
     path = tmp_path / "p.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match="line 1"):
@@ -261,7 +260,6 @@ def test_any_samples_file_is_read_or_refused_in_one_sentence(tmp_path):
 RECORDS = {
     "metrics.jsonl": [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.1}],
     "evals.jsonl": [{"step": 0, "ids": ["a"], "rewards": [[1.0]]}],
-    "samples.jsonl": [{"step": 0, "answers": [{"text": "x"}]}],
     "config.json": [{"format": run.FORMAT, "flags": {
         **{name: cli.SETTINGS[name].default for name in run.RUN_FLAGS}, "model": "toy"}}],
     "step_000001/adapter_config.json": [

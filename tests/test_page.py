@@ -155,8 +155,9 @@ def texts_of(found):
 
 
 def texts_in(*paths):
-    """Those of samples files."""
+    """Those of samples files, or of a run's evaluations."""
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    rows = [each for row in rows for each in row.get("samples", [row])]
     return sorted(each["text"] for row in rows for each in row["answers"])
 
 
@@ -169,15 +170,15 @@ def test_a_run_and_its_evaluation_leave_the_page(tmp_path, monkeypatch, capsys):
     assert f"{folder}/samples.html" in capsys.readouterr().out
     found = Reader(folder / "samples.html")
     held_out = tasks.load_problems("divisor:test", 10)
-    assert found.of("h2") == [p.question for p in held_out[::2]]
-    assert found.of("h3") == ["before ", "after 1 steps "] * 5
-    assert texts_of(found) == texts_in(folder / "samples.jsonl")
-    assert len(texts_of(found)) == 5 * 2 * 8
+    assert found.of("h2") == [p.question for p in held_out]
+    assert found.of("h3") == ["before ", "after 1 steps "] * 10
+    assert texts_of(found) == texts_in(folder / "evals.jsonl")
+    assert len(texts_of(found)) == 10 * 2 * 8
 
     figure = tmp_path / "new" / "x.png"
     evaluate.main(["--model", "toy", str(folder), "--n", "4", "--limit", "3", "--out", str(figure)])
     assert "answers to read (.html)" in capsys.readouterr().out.splitlines()[-1]
     found = Reader(figure.with_suffix(".html"))
     assert found.of("h2") == [p.question for p in tasks.load_problems("divisor:test", 3)]
-    assert found.of("h3") == ["toy ", "RSPO k = 2, step 1 "] * 3
+    assert found.of("h3") == ["toy ", "RSPO k = 2, step 1 of 1 "] * 3
     assert texts_of(found) == texts_in(*figure.with_suffix("").iterdir())

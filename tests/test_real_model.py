@@ -43,7 +43,7 @@ def write(folder, phase, arm, rate, seed, texts, steps=STEPS):
     cli.write_rows(data, [{"id": number, "problem": number, "answer": number, "task": "divisor"}
                           for number in NUMBERS], "w")
     head = dict.fromkeys(sample.HEAD) | {
-        "data": str(data), "n": 16, "data_digest": tasks.digest_of(tasks.load_problems(str(data)))}
+        "data": str(data), "n": 16, "data_digest": cli.digest(tasks.load_problems(str(data)))}
     answers = [{"text": text, "finished": text != "-"} for text in texts]
     cli.write_rows(path.with_name(path.name + ".jsonl"), [
         {**head, "id": number, "answers": answers} for number in NUMBERS])

@@ -53,7 +53,7 @@ def state(folder):
                for row in rows(folder / "metrics.jsonl")]
     last = run.newest_checkpoint(folder)
     files = {path.name: path.read_bytes() for path in last.iterdir()}
-    return metrics, rows(folder / "evals.jsonl"), rows(folder / "samples.jsonl"), last.name, files
+    return metrics, rows(folder / "evals.jsonl"), last.name, files
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +168,9 @@ BEFORE_LOADING = [
     ("--objective paskk", "--objective: invalid choice: 'paskk'"),
     ("--data divisor-graded", "rewards hold 0.5, but Pass@k needs 0 or 1"),
     ("--data divisor-graded --objective maxk --flip 0.1", "--flip is 0.1, but divisor-graded"),
-    ("--data divisr", "'divisr' is unknown, did you mean 'divisor'?"),
-    ("--model tox", "'tox' is unknown, did you mean 'toy'?"),
-    ("--promts 4", "'--promts' is unknown, did you mean '--prompts'?"),
+    ("--data divisr", "'divisr' is unknown, did you mean divisor?"),
+    ("--model tox", "'tox' is unknown, did you mean toy?"),
+    ("--promts 4", "'--promts' is unknown, did you mean --prompts?"),
     ("--batch-size=4", "did you mean --prompts 4?"),
     ("--learning-rate 1e-4", "did you mean --lr?"),
     ("--baseline loo", "did you mean --objective?"),
@@ -277,8 +277,8 @@ def test_there_must_be_something_to_resume(folder):
 
 def test_a_run_leaves_what_it_promises(tiny):
     assert {path.name for path in tiny.iterdir()} == {
-        "config.json", "metrics.jsonl", "evals.jsonl", "samples.jsonl", "samples.html",
-        "curves.png", "history.png", "step_000001", "step_000002", "step_000003"}
+        "config.json", "metrics.jsonl", "evals.jsonl", "samples.html", "curves.png",
+        "history.png", "step_000001", "step_000002", "step_000003"}
     config = run.read_config(tiny)
     assert {"torch", "transformers", "peft"} <= config["versions"].keys()
     assert (config["flags"]["lr"], config["flags"]["n"]) == (1e-3, 8)
@@ -287,21 +287,19 @@ def test_a_run_leaves_what_it_promises(tiny):
     metrics = rows(tiny / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert {tuple(row) for row in metrics} == {(
-        "step", "k", "reward", "pass@1", "pass@k", "distinct_correct", "zero_weight_prompts",
+        "step", "k", "reward", "pass@k", "distinct_correct", "zero_weight_prompts",
         "truncated", "completion_tokens", "entropy", "grad_norm", "learned_tokens",
         "logprob_gap_mean", "logprob_gap_max", "grader_failures", "clipped",
         "evaluate_seconds", "sample_seconds", "grade_seconds", "learn_seconds", "peak_memory_gb")}
     for row in metrics:
         assert row["clipped"] == (row["grad_norm"] > policy.MAX_GRAD_NORM)
-        assert row["reward"] == pytest.approx(row["pass@1"])
-        assert row["pass@1"] < row["pass@k"] and row["grad_norm"] > 0
+        assert row["reward"] < row["pass@k"] and row["grad_norm"] > 0
     evals = rows(tiny / "evals.jsonl")
     assert [row["step"] for row in evals] == [0, 2, 3]
     assert all(torch.tensor(row["rewards"]).shape == (4, 4) for row in evals)
     assert evals[0]["ids"] == [p.id for p in tasks.load_problems("divisor:test", 4)]
-    samples = rows(tiny / "samples.jsonl")
-    assert [row["step"] for row in samples] == [0] * 4 + [2] * 4 + [3] * 4
-    for row in samples:
+    assert [[each["id"] for each in row["samples"]] for row in evals] == [evals[0]["ids"]] * 3
+    for row in (each for of in evals for each in of["samples"]):
         assert len(row["answers"]) == 4
         for each in row["answers"]:
             right = tasks.grade_divisor(each["text"], row["answer"])
@@ -437,20 +435,8 @@ def test_a_run_does_not_go_on_with_changed_data(monkeypatch, tmp_path, which, na
     train.main(["--resume", str(folder)])
     files[name][0] = replace(files[name][0], **{change: getattr(other, change)})
     monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("refused too late"))
-    with pytest.raises(UserError, match=f"its {which} problems have changed since it began"):
+    with pytest.raises(UserError, match="its problems have changed since it began"):
         train.main(["--resume", str(folder)])
-
-
-def test_the_report_takes_each_evaluations_own_problems(monkeypatch, tiny, capsys):
-    """In whatever order they are listed: paired by id, nothing changes from itself."""
-    [first, *_] = rows(tiny / "evals.jsonl")
-    first["rewards"] = [[1.0] * 4, [0.0] * 4, [0.0] * 4, [0.0] * 4]
-    turned = first | {"step": 3, "ids": first["ids"][::-1], "rewards": first["rewards"][::-1]}
-    records = {"evals.jsonl": [first, turned]}
-    fake = SimpleNamespace(read=lambda name: records.get(name, []), folder=tiny)
-    train.report_run(fake, tasks.load_problems("divisor:test", 4), "2")
-    [line] = [each for each in capsys.readouterr().out.splitlines() if "minus before" in each]
-    assert not re.search("[1-9]", line.removeprefix("  minus before (4 problems)")), line
 
 
 def test_the_toy_stays_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, tmp_path):
@@ -469,8 +455,7 @@ def test_held_out_answers_that_the_grader_lost_are_counted_and_said(
         grade_all(problems, groups)[0], 2 * (len(problems) == 4)))
     folder = go(tmp_path / "run", "--steps", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "not graded" in line]
-    assert said == [f"step {step}: 2 held-out answers were not graded: they earn 0"
-                    for step in (0, 1)]
+    assert said == ["2 answers were not graded: they earn 0"] * 2
     assert [row["grader_failures"] for row in rows(folder / "evals.jsonl")] == [2, 2]
 
 
@@ -560,14 +545,14 @@ def test_a_run_prints_and_rings_at_its_first_step_and_ten_more(capsys, steps, at
     assert {len(lines) for lines in said} <= {0, 2}
 
 
-def test_a_line_shows_the_mean_since_the_last_one(capsys):
-    """One unlucky step neither shows nor rings; graders' failures are counted."""
-    unlucky = {"reward": 0.0, "pass@k": 0.0, "truncated": 0.8, "grader_failures": 3}
+def test_a_line_shows_the_mean_of_a_tenth_of_the_run(capsys):
+    """One unlucky step neither shows nor rings."""
+    unlucky = {"reward": 0.0, "pass@k": 0.0, "truncated": 0.6}
     said = lines_of(capsys, 30, unlucky, {"reward": 0.8}, unlucky, *[{}] * 26, unlucky)
     printed = {step: lines for step, lines in enumerate(said, 1) if lines}
     assert all(len(line) <= 100 for lines in said for line in lines)
     assert "reward 0.000  pass@2 0.000" in printed[1][1] and "cut off" in printed[1][0]
     [third], [sixth], [last] = printed[3], printed[6], printed[30]
-    assert "reward 0.400  pass@2 0.200" in third and third.endswith("4.00 s  not graded 1.5")
-    assert "reward 0.300  pass@2 0.400" in sixth and "graded" not in sixth
+    assert "reward 0.267  pass@2 0.133" in third and third.endswith("  4.00 s")
+    assert "reward 0.300  pass@2 0.400" in sixth
     assert "reward 0.200" in last

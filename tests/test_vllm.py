@@ -118,10 +118,10 @@ def gaps(world, rollouts, temperature=1.0) -> tuple[float, float]:
 def assert_refused(world, rollouts, sentence: str) -> None:
     """The update says so before optimizer.step(): no parameter and no moment was touched."""
     learner = make_learner(world)
-    before = [parameter.detach().clone() for parameter in learner.parameters]
+    before = [parameter.detach().clone() for parameter in learner.named.values()]
     with pytest.raises(UserError, match=sentence):
         learner.update(rollouts, torch.ones(len(rollouts)))
-    assert all(map(torch.equal, before, learner.parameters))
+    assert all(map(torch.equal, before, learner.named.values()))
     assert not learner.optimizer.state
 
 
@@ -211,7 +211,7 @@ def test_truncated_importance_weights_change_nothing_at_equal_precision(world):
     for cap in (0.0, 2.0):
         learner = make_learner(world, lr=0.0, cap=cap)
         learner.update(rollouts, weights)
-        gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters]))
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.named.values()]))
     assert torch.allclose(*gradients, atol=1e-5 * gradients[0].abs().max().item())
 
 

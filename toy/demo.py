@@ -67,7 +67,7 @@ def train(folder: Path, ks=KS, flags=FLAGS) -> dict[int, Path]:
 def column(path: Path, name: str) -> list[float]:
     """A column of metrics.jsonl, as far as the run has come."""
     rows = path / "metrics.jsonl"
-    return [row[name] for _, row in cli.read_rows(rows, appended=True)] if rows.exists() else []
+    return [row[name] for _, row in cli.read_rows(rows, appended=True)]
 
 
 def curves(runs: dict[int, Path], ks=(1, 2, 4, 8, 16, 32)) -> list[evaluate.Curve]:
