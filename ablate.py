@@ -103,7 +103,7 @@ import rspo
 from evaluate import Curve
 from lib.run import read_config
 
-# ---------------------------------------------------------------- cells
+# -------- cells
 
 def cell(setting: dict, seed: int, flags: dict, out: Path) -> tuple[Path, list[str]]:
     """The run directory, which experiments share, and the words for train.py."""
@@ -161,7 +161,7 @@ def result(folder: Path) -> tuple[list[dict], list[dict], dict] | None:
     return (evals, metrics, config) if done else None
 
 
-# ---------------------------------------------------------------- the report
+# -------- the report
 
 def curve_of(label: str, results: list[tuple], at: int = -1) -> Curve:
     """A setting after training (at = 0: before), with the LATE columns, over S seeds."""

@@ -45,7 +45,6 @@ from torch import Tensor
 import rspo
 import sample
 from lib import page, policy, run, tasks
-from lib.cli import UserError
 from lib.tasks import Problem
 
 SHARES = ("pass@", "cut off")  # metrics that lie between 0 and 1
@@ -79,7 +78,7 @@ class Samples(NamedTuple):
     settings: dict  # how they were drawn
 
 
-# ---------------------------------------------------------------- numbers
+# -------- numbers
 
 def powers_of_two(n: int) -> tuple[int, ...]:
     """1, 2, 4, ... up to n."""
@@ -166,7 +165,7 @@ def difference(after: Curve, before: Curve, comparisons: int = 1):
     return ks, *interval(pick(after) - pick(before), comparisons)
 
 
-# ---------------------------------------------------------------- tables and figures
+# -------- tables and figures
 
 def summary(curves: list[Curve], comparisons: int = 1) -> list[dict]:
     """The numbers of table and .csv: a row per model, minus the first or not, and metric."""
@@ -191,27 +190,26 @@ def summary(curves: list[Curve], comparisons: int = 1) -> list[dict]:
 def table(curves: list[Curve], title: str = "", comparisons: int = 1) -> str:
     """Text of at most 100 columns: a line per curve, its change against the first below."""
     rows, lines, found = summary(curves, comparisons), [], {}
-    for row in rows:  # a line has its label, under "", and its cells by metric
-        line = found.setdefault((row["model"], row["minus"]), {"": label(row)})
-        line[row["metric"]] = cell(row)
+    for row in rows:  # its label, under "", and its cells by metric
+        cells = found.setdefault((row["model"], row["minus"]), {"": label(row)})
+        cells[row["metric"]] = cell(row)
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    grid = [{"": shorten(title), **{name: f"{name} " for name in metrics}}, *found.values()]
-    width = max(len(line[""]) for line in grid)
-    wide = 2 + max(len(text) for line in grid for name, text in line.items() if name)
-    size = max(1, (100 - width) // wide)
+    width = max(len(shorten(title)), *(len(cells[""]) for cells in found.values()))
+    size = (100 - width) // 14
     for part in (metrics[i:i + size] for i in range(0, len(metrics), size)):
+        heads = {"": shorten(title), **{name: f"{name} " for name in part}}
+        for cells in (heads, *found.values()):
+            if cells.keys() & {*part}:
+                texts = (f"{cells.get(name, '- '):>14}" for name in part)
+                lines.append(f"{cells['']:{width}}" + "".join(texts))
         lines.append("")
-        for line in grid:
-            if line.keys() & set(part):
-                texts = [f"{line.get(name, '- '):>{wide}s}" for name in part]
-                lines.append(f"{line['']:{width}}" + "".join(texts))
     counts = ", ".join(dict.fromkeys(str(len(curve.problems)) for curve in curves))
     lines.append(f"95 % intervals (their wider side) over {counts} problems")
     if any(row["minus"] for row in rows):
         lines[-1] += "; * = a change whose interval excludes 0"
     if comparisons > 1:
         lines.append(f"with 95 %, all {comparisons} intervals of changes hold at once")
-    return "\n".join(line.rstrip() for line in lines[1:])
+    return "\n".join(map(str.rstrip, lines))
 
 
 def shorten(text: str) -> str:
@@ -294,7 +292,7 @@ def running_mean(values, size: int = 10) -> list[float]:
     return [fmean(values[max(0, i - size):i]) for i in range(1, len(values) + 1)]
 
 
-# ---------------------------------------------------------------- the script
+# -------- the script
 
 def read_samples(path: Path) -> Samples:
     """A samples file, with its problems and gold answers as its data set holds them now.
@@ -310,8 +308,8 @@ def read_samples(path: Path) -> Samples:
                 problems = tasks.load_problems(str(head["data"]), head["limit"])
                 settings = {**head, "data_digest": cli.digest(problems)}
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a row of sample.py "
-                            f"({type(error).__name__}: {error})") from error
+            cli.fail(f"{path}, line {number}: not a row of sample.py "
+                     f"({type(error).__name__}: {error})")
         due = problems[len(groups)].id if len(groups) < len(problems) else None
         for name, value in {**settings, "id": due}.items():
             if row.get(name) != value:

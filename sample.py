@@ -37,7 +37,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lib import policy, run, tasks
-from lib.cli import UserError
 
 CACHE_TOKENS = 2**18  # tokens that HFSampler holds at a time
 NOT_FINITE = "the policy's probabilities are NaN or infinite"
@@ -178,9 +177,8 @@ class VLLMSampler:
         except Exception as error:  # a dozen kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             known = (text for word, text in REMEDIES.items() if word in str(error))
-            raise UserError(
-                f"vLLM could not start on {base} with {context} tokens of context "
-                f"({reason}); {next(known, 'reinstall it')}, or take --sampler hf") from error
+            cli.fail(f"vLLM could not start on {base} with {context} tokens of context "
+                     f"({reason}); {next(known, 'reinstall it')}, or take --sampler hf")
         self.tokenizer, self.stops, self.folder = tokenizer, stops, folder
         self.adapter = None
         self.settings = dict(
@@ -209,7 +207,7 @@ class VLLMSampler:
                 asked, settings, lora_request=self.adapter, use_tqdm=False)
         except Exception as error:  # a dead engine raises many kinds
             said = f"{type(error).__name__}: {error}"
-            raise UserError(f"vLLM stopped working ({said})") from error
+            cli.fail(f"vLLM stopped working ({said})")
         groups = []
         for prompt, result in zip(prompts, results):
             answers = sorted(result.outputs, key=lambda each: each.index)
@@ -304,7 +302,7 @@ def sample_blocks(sampler, problems: list, n: int, place: tuple, label: str, sta
         yield sampler.generate(prompts, n, stream(*place, begin))
 
 
-# ---------------------------------------------------------------- the script
+# -------- the script
 
 def settle(args) -> None:
     """What was not given is the run's own, else follows from the model."""

@@ -33,7 +33,7 @@ from lib import page, policy, tasks
 from lib.run import RUN_FLAGS, Run, flags_of, read_adapter, read_config, resolve_model
 
 
-# ---------------------------------------------------------------- the loop
+# -------- the loop
 
 def train(args, run: Run, learner, sampler, problems: list, held_out: list) -> None:
     """From `run.step` on: sample, grade, weigh, update."""
@@ -131,7 +131,7 @@ def ks_at(spec: str, step: int, steps: int) -> tuple:
     return (first + sign * (step * count // steps),)
 
 
-# ---------------------------------------------------------------- what a step reports
+# -------- what a step reports
 
 PARTS = "evaluate_seconds", "sample_seconds", "grade_seconds", "learn_seconds"
 
@@ -207,7 +207,7 @@ def report_run(run: Run, held_out: list, k: str) -> None:
           f"python evaluate.py --model {run.folder}")
 
 
-# ---------------------------------------------------------------- the script
+# -------- the script
 
 def settle(argv: list[str] | None):
     """All settings of a new run, or of the one to resume."""

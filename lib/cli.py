@@ -162,7 +162,7 @@ def read_rows(path: Path, appended: bool = False) -> list[tuple[int, dict]]:
     try:
         lines = path.read_bytes().decode().split("\n")  # texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"file {path} cannot be read: {error}") from error
+        fail(f"file {path} cannot be read: {error}")
     rows = []
     for number, line in enumerate(lines[:-1] if appended else lines, 1):
         try:
@@ -170,7 +170,7 @@ def read_rows(path: Path, appended: bool = False) -> list[tuple[int, dict]]:
                 rows.append((number, {**json.loads(line)}))
                 json.dumps(rows[-1], ensure_ascii=False).encode()  # half a character fails
         except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
+            fail(f"{path}, line {number}: not a JSON object ({error})")
     return rows
 
 

@@ -1,5 +1,6 @@
 """A page of answers to look at, models side by side. It can run nothing and load nothing."""
 
+import re
 import warnings
 from collections import Counter, defaultdict
 from html import escape
@@ -10,7 +11,8 @@ from string import Template
 import rspo
 from lib.tasks import vote
 
-HEAD = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+TEMPLATES = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+PAGE, PROBLEM, SIDE, GROUP, TEXT = map(Template, re.split("<!-- next .*\n", TEMPLATES))
 
 
 def rows_of(problems, groups, rewards) -> list[dict]:
@@ -25,20 +27,21 @@ def write(path: Path, title: str, k: str, sides: list[tuple[str, list[dict]]]) -
 
     A side has a name and rows. k is as in --k, but of a schedule only the last counts.
     """
-    known = [(escape(name), {row["id"]: row for row in rows}) for name, rows in sides]
-    first, k = list(known[0][1].values()), k.split(":")[-1]
-    text = [HEAD.substitute(title=escape(title), k=escape(k))]
+    known = [(name, {row["id"]: row for row in rows}) for name, rows in sides]
+    first, k, problems = list(known[0][1].values()), k.split(":")[-1], ""
     for row in first[::-(-len(first) // 20) or 1]:
-        wanted = "a divisor of" if row["task"].startswith("divisor") else "right answer:"
-        text.append(f"<section><h2>{escape(row['problem'])}</h2><p>{wanted} "
-                    f"<code>{escape(row['answer'])}</code></p><div>")
-        text += [f"<article><h3>{name} {_table(rows[row['id']]['answers'], k)}</article>"
-                 for name, rows in known if row["id"] in rows]
-        text.append("</div></section>")
-    path.write_text("\n".join(text) + "\n", encoding="utf-8", errors="xmlcharrefreplace")
+        divisor = row["task"].startswith("divisor")
+        problems += PROBLEM.substitute(
+            question=escape(row["problem"]),
+            wanted="a divisor of" if divisor else "right answer:",
+            answer=escape(row["answer"]),
+            sides="".join(_side(name, rows[row["id"]]["answers"], k)
+                          for name, rows in known if row["id"] in rows))
+    text = PAGE.substitute(title=escape(title), k=escape(k), problems=problems)
+    path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
-def _table(answers: list[dict], k: str) -> str:
+def _side(name: str, answers: list[dict], k: str) -> str:
     rewards, groups, n = [each["reward"] for each in answers], defaultdict(list), len(answers)
     ks = [x if x == "harmonic" else min(int(x), n) for x in k.split(",")]
     with warnings.catch_warnings(action="ignore"):  # of k near n
@@ -47,23 +50,22 @@ def _table(answers: list[dict], k: str) -> str:
         said = vote(each["text"]) if each["finished"] else None
         groups[said, each["reward"], weight].append(each["text"])
     found = sorted(groups.items(), key=lambda item: -len(item[1]))
-    cut = sum(not each["finished"] for each in answers)
-    return (f"<small>{rewards.count(1)} of {n} right, {len(found)} different, {cut} cut off"
-            "</small></h3><div><header><span></span>final answer<span>times</span><span>reward"
-            "</span><span>weight</span><span>length</span></header>"
-            f"{''.join(_group(*key, texts) for key, texts in found)}</div>")
+    return SIDE.substitute(
+        name=escape(name), right=rewards.count(1), n=n, different=len(found),
+        cut_off=sum(not each["finished"] for each in answers),
+        groups="".join(_group(*key, texts) for key, texts in found))
 
 
 def _group(said: str | None, reward: float, weight: float, texts: list[str]) -> str:
     kind, mark = {1: ("right", "&#10003;"), 0: ("wrong", "&#10007;")}.get(reward, ("", "~"))
     words = " ".join(texts[0].split())  # easier to read, where they are all that is said
     label = words if "".join(words.split()) == said else said or ""
-    label = {None: "<i>cut off</i>", "": "<i>nothing</i>"}.get(
-        said, f"<code>{escape(label[:100])}</code>")
-    numbers = len(texts), f"{reward:.3g}", f"{weight:.3g}", f"{fmean(map(len, texts)):,.0f}"
-    cells = "".join(f"<span>{number}</span>" for number in numbers)
-    texts = [f"<small>{times} &times;{' the last 2,000 characters' * (len(text) > 2000)}</small>"
-             f"<pre>\n{escape(text[-2000:])}</pre>"
-             for text, times in Counter(texts).most_common(8)]
-    return (f"<details class='{kind}'><summary><b>{mark}</b>{label}{cells}</summary>"
-            f"{''.join(texts)}</details>\n")
+    code = f"<code>{escape(label[:100])}</code>"
+    shown = [TEXT.substitute(
+        times=times, shortened=" the last 2,000 characters" * (len(text) > 2000),
+        text=escape(text[-2000:])) for text, times in Counter(texts).most_common(8)]
+    return GROUP.substitute(
+        kind=kind, mark=mark,
+        said={None: "<i>cut off</i>", "": "<i>nothing</i>"}.get(said, code),
+        times=len(texts), reward=f"{reward:.3g}", weight=f"{weight:.3g}",
+        length=f"{fmean(map(len, texts)):,.0f}", texts="".join(shown))

@@ -28,7 +28,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 import rspo
-from lib.cli import UserError, digest
+from lib.cli import digest, fail
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -51,16 +51,15 @@ class BrokenPolicy(BadNumbers):
     """The policy's probabilities are not finite: it cannot be sampled."""
 
 
-# ------------------------------------------------------------ load
+# -------- load
 
 def pick_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not hidden and subprocess.getstatusoutput("nvidia-smi -L")[0] == 0:
-        raise UserError(
-            f"nvidia-smi sees a GPU that torch {torch.__version__} cannot use: it needs driver 580 "
-            "or newer and requirements.txt (or CUDA_VISIBLE_DEVICES= to stay on the CPU)")
+        fail(f"nvidia-smi sees a GPU that torch {torch.__version__} cannot use: it needs "
+             "driver 580 or newer and requirements.txt (CUDA_VISIBLE_DEVICES= for the CPU)")
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -82,15 +81,14 @@ def loading(base: str):
     """What the libraries raise for a missing or broken model, in a sentence."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"no room for {base} on the GPU: end what else is on it "
-                        "(nvidia-smi lists it), or take --load-in-4bit") from error
+    except torch.OutOfMemoryError:
+        fail(f"no room for {base} on the GPU: end what else is on it "
+             "(nvidia-smi lists it), or take --load-in-4bit")
     except Exception as error:  # a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = "folder" if Path(base).is_dir() else "hub model"
-        raise UserError(
-            f"the {what} {base} could not be loaded ({reason.rstrip('.')}); without "
-            "internet, give a folder with config, tokenizer and *.safetensors") from error
+        fail(f"the {what} {base} could not be loaded ({reason.rstrip('.')}); without "
+             "internet, give a folder with config, tokenizer and *.safetensors")
 
 
 def load_model(base: str, adapter=None, dtype="auto", device=None, load_in_4bit=False):
@@ -142,7 +140,7 @@ def add_lora(model, rank: int, seed: int) -> PeftModel:
         return prepare(get_peft_model(model, config))
     except ValueError as error:  # Mamba, for one
         kind, reason = model.config.model_type, str(error).splitlines()[0][:200]
-        raise UserError(f"PEFT puts no adapter on layers of {kind} models ({reason})") from error
+        fail(f"PEFT puts no adapter on layers of {kind} models ({reason})")
 
 
 class LoraLinear(lora.Linear):
@@ -191,7 +189,7 @@ def fingerprint(model) -> str:
         if ".lora_" not in name and weight.is_floating_point()])[:16]  # not 4 bits
 
 
-# ------------------------------------------------------------ log-probabilities
+# -------- log-probabilities
 
 def precision(model):
     """Around a forward pass: a float32 adapter computes in 16 bits where its base does."""
@@ -251,7 +249,7 @@ def micro_batches(rollouts: list, budget: int) -> list[list]:
     return batches
 
 
-# ------------------------------------------------------------ one update
+# -------- one update
 
 class Learner:
     """All that an update of the adapter needs, but the answers."""
@@ -282,11 +280,10 @@ class Learner:
         while gap is None:
             try:
                 gap = self._gradient(kept, len(rollouts))  # (N,)
-            except torch.OutOfMemoryError as error:
+            except torch.OutOfMemoryError:
                 if self.micro_batch_tokens <= min(map(length, kept)):
-                    raise UserError(
-                        "too little memory to learn one answer at a time: lower "
-                        "--max-new-tokens or --gpu-memory") from error
+                    fail("too little memory to learn one answer at a time: lower "
+                         "--max-new-tokens or --gpu-memory")
                 self.micro_batch_tokens //= 2
                 torch.cuda.empty_cache()
                 tqdm.write(f"out of memory: --micro-batch-tokens is {self.micro_batch_tokens} now")
@@ -332,10 +329,9 @@ class Learner:
         allowed = GAP_ALLOWED[self.model.dtype]
         noise = gap.std(correction=0) / len(gap) ** 0.5
         if not gap.mean() - 2 * noise <= allowed:  # NaN, too
-            raise UserError(
-                f"sampler and learner disagree by {gap.mean():.2g} nats per token, "
-                f"rounding by {allowed:g}: another adapter, base or temperature, "
-                "top-k, top-p, or logits that change after the output layer")
+            fail(f"sampler and learner disagree by {gap.mean():.2g} nats per token, "
+                 f"rounding by {allowed:g}: another adapter, base or temperature, "
+                 "top-k, top-p, or logits that change after the output layer")
         if self.adapter_arrived or len(gap) < TOKENS_TO_DECIDE:
             return
         batches = micro_batches(rollouts, self.micro_batch_tokens)
@@ -349,5 +345,4 @@ class Learner:
         to_policy = gap[-tokens:].sum().item()
         self.adapter_arrived = to_base > 2 * to_policy
         if to_policy > 2 * to_base:
-            raise UserError("the sampler answers as the base model does: "
-                            "the adapter did not reach it")
+            fail("the sampler answers as the base model does: the adapter did not reach it")

@@ -19,7 +19,7 @@ from peft import PeftConfig, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.cli import SETTINGS, TOY, UserError, digest, nearest, read_rows, write_rows
+from lib.cli import SETTINGS, TOY, UserError, digest, fail, nearest, read_rows, write_rows
 from lib.policy import BadNumbers, BrokenPolicy, fingerprint, loading
 
 ORGANISATIONS = {  # on the hub, of the families that a short name begins with
@@ -38,14 +38,14 @@ def resolve_model(name: str, seen=()) -> tuple[str, Path | None]:
         return str(TOY), None
     if (folder / "adapter_config.json").is_file():
         if (folder / "state.json").is_file() and not whole(folder):
-            raise UserError(f"checkpoint {folder} is damaged: name its run instead")
+            fail(f"checkpoint {folder} is damaged: name its run instead")
         return read_adapter(folder).base_model_name_or_path, folder
     if config := read_config(folder):
         if name in seen:
-            raise UserError(f"run directory {name} is its own --model: its config.json is wrong")
+            fail(f"run directory {name} is its own --model: its config.json is wrong")
         if newest := newest_checkpoint(folder):
             return resolve_model(str(config["flags"]["model"]), (*seen, name))[0], newest
-        raise UserError(f"run directory {name} holds no whole checkpoint (step_...)")
+        fail(f"run directory {name} holds no whole checkpoint (step_...)")
     if (folder / "config.json").is_file():
         return name, None
     if folder.is_dir() or name.startswith((".", "/", "~", "runs/")) or (
@@ -54,16 +54,16 @@ def resolve_model(name: str, seen=()) -> tuple[str, Path | None]:
         there = sorted(str(path.parent.relative_to(around))
                        for depth in ("*", "*/*") for path in around.glob(f"{depth}/config.json"))
         what = "holds no run and no model" if folder.is_dir() else "does not exist"
-        raise UserError(f"folder {name} {what}{nearest(folder.name, there)}; in {around}: "
-                        f"{', '.join(there[-8:]) or 'no run and no model'}")
+        fail(f"folder {name} {what}{nearest(folder.name, there)}; in {around}: "
+             f"{', '.join(there[-8:]) or 'no run and no model'}")
     if "/" in name:
         return name, None
     for family, organisation in ORGANISATIONS.items():
         if name.lower().startswith(family.lower()):
             return f"{organisation}/{name}", None
     family = name.rstrip("0123456789.-")
-    raise UserError(f"model {name!r} is unknown{nearest(family, ['toy', *ORGANISATIONS])}; "
-                    "give toy, a hub id (owner/name), a folder or such a hub model's name")
+    fail(f"model {name!r} is unknown{nearest(family, ['toy', *ORGANISATIONS])}; "
+         "give toy, a hub id (owner/name), a folder or such a hub model's name")
 
 
 def read_adapter(folder: Path) -> PeftConfig:
@@ -82,11 +82,11 @@ def read_config(folder: Path) -> dict | None:
     try:
         config = json.loads(path.read_text()) if path.is_file() else None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
+        fail(f"{path} is not JSON ({error})")
     if not isinstance(config, dict) or not isinstance(flags := config.get("flags"), dict):
         return None
     if config.get("format") != FORMAT or sorted(flags) != RUN_FLAGS:
-        raise UserError(f"run directory {folder} was written by another version of train.py")
+        fail(f"run directory {folder} was written by another version of train.py")
     return config
 
 
@@ -128,8 +128,8 @@ def lock(path: Path, refusal: str):
     file = path.open("rb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(refusal) from error
+    except BlockingIOError:
+        fail(refusal)
     except OSError as error:
         print(f"{path}: nothing keeps a second process out ({error})")
     return file
@@ -184,7 +184,7 @@ class Run:
         if checkpoint := newest_checkpoint(self.folder):
             state = json.loads((checkpoint / "state.json").read_text())
             if state.get("base") != fingerprint(learner.model):
-                raise UserError(f"checkpoint {checkpoint} was written with another base model")
+                fail(f"checkpoint {checkpoint} was written with another base model")
             set_peft_model_state_dict(learner.model, load_file(checkpoint / WEIGHTS))
             moments = load_file(checkpoint / MOMENTS, str(learner.model.device))
             for key, value in moments.items():
@@ -192,11 +192,11 @@ class Run:
                 learner.optimizer.state[learner.named[name]][kind] = value
             self.step = int(checkpoint.name[5:])
         elif any(self.folder.glob("step_*")):
-            raise UserError(f"no checkpoint of {self.folder} is whole: give another --run")
+            fail(f"no checkpoint of {self.folder} is whole: give another --run")
         for name in ("metrics.jsonl", "evals.jsonl"):
             rows = self.read(name)
             if not all(isinstance(row.get("step"), int) for row in rows):
-                raise UserError(f"{self.folder / name} is damaged: a row has no step")
+                fail(f"{self.folder / name} is damaged: a row has no step")
             rows = [row for row in rows if row["step"] <= self.step]  # the rest comes again
             write_rows(self.folder / f".{name}", rows, "w")
             os.replace(self.folder / f".{name}", self.folder / name)
@@ -229,10 +229,10 @@ class Run:
                     if sound := newest_checkpoint(self.folder):
                         go_on += f", from --model {sound}"
                 said = f"step {self.step + 1} was not applied: {str(error).splitlines()[0]}"
-                raise UserError(f"{said}; {go_on}") from error
+                fail(f"{said}; {go_on}")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"run {self.folder} stopped: {error}; make room, or make it "
-                            f"writable, and {go_on}") from error
+            fail(f"run {self.folder} stopped: {error}; make room, or make it writable, "
+                 f"and {go_on}")
         finally:
             self._lock.close()
             for left in (*self.folder.glob(".step_*"), self.folder / ".adapter"):

@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 
 from lib import cli, marker
-from lib.cli import UserError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 GAMES = ("divisor", "divisor-graded")
@@ -47,7 +46,7 @@ class Problem:
         return self.task == "divisor-graded"
 
 
-# ---------------------------------------------------------------- data sets
+# -------- data sets
 
 # name: (hub repository, configuration, split, question column, answer column).
 # Checked in November 2026 against public code that loads these sets.
@@ -77,20 +76,20 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
         problems = load_hub(name)
     else:
         known = [*GAMES, *BENCHMARKS]
-        raise UserError(f"data set {name!r} is unknown{cli.nearest(name, known)}; give a .jsonl "
-                        f"file, owner/name of the hub, or one of {', '.join(known)}")
+        cli.fail(f"data set {name!r} is unknown{cli.nearest(name, known)}; give a .jsonl "
+                 f"file, owner/name of the hub, or one of {', '.join(known)}")
     total = len(problems)
     for part in parts:
         if part in PARTS:
             problems = [p for p in problems if hashed(normal(p.question)) % 10 in PARTS[part]]
         elif all(p.level is None for p in problems):
-            raise UserError(f"{name_or_path!r} asks for levels {part}, but {name} has no 'level'")
+            cli.fail(f"{name_or_path!r} asks for levels {part}, but {name} has no 'level'")
         else:
             low, high = int(part[0]), int(part[-1])
             problems = [p for p in problems if p.level and low <= p.level <= high]
     if not problems:
         why = f": none of its {total} is in this part; give --eval-data" if total else ""
-        raise UserError(f"data set {name_or_path!r} holds no problems{why}")
+        cli.fail(f"data set {name_or_path!r} holds no problems{why}")
     if limit and limit < len(problems):
         problems = sorted(problems, key=lambda p: hashed(p.question + "/limit"))[:limit]
     return problems
@@ -114,7 +113,7 @@ def train_and_eval(data: str, eval_data: str | None, eval_limit: int | None):
     problems = load_problems(data)
     kept = [p for p in problems if normal(p.question) not in questions]
     if not kept:
-        raise UserError(f"every problem of {data!r} is in {eval_data!r}: nothing to train on")
+        cli.fail(f"every problem of {data!r} is in {eval_data!r}: nothing to train on")
     if len(kept) < len(problems):
         print(f"left out {len(problems) - len(kept)} problems of {data}: they are in {eval_data}")
     return kept, load_problems(eval_data, eval_limit), data, eval_data
@@ -126,17 +125,17 @@ def read_jsonl(path: Path) -> list[Problem]:
         where = f"{path}, line {number}"
         for key in ("problem", "answer"):
             if row.get(key) is None or not str(row[key]).strip():
-                raise UserError(f"{where}: no {key!r} (it has {sorted(row)})")
+                cli.fail(f"{where}: no {key!r} (it has {sorted(row)})")
         prompt, name = row.get("prompt"), str(row.get("id", f"{path.stem}-{number}"))
         if not isinstance(prompt, str | None):
-            raise UserError(f"{where}: 'prompt' is a {type(prompt).__name__}, but must be text")
+            cli.fail(f"{where}: 'prompt' is a {type(prompt).__name__}, but must be text")
         if name in problems:
-            raise UserError(f"{where}: the id {name!r} is that of an earlier line")
+            cli.fail(f"{where}: the id {name!r} is that of an earlier line")
         try:
             problems[name] = Problem(name, str(row["problem"]), str(row["answer"]),
                                      row.get("task", "math"), prompt, level_of(row))
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
+            cli.fail(f"{where}: {error}")
     return [*problems.values()]
 
 
@@ -147,11 +146,11 @@ def load_hub(name: str) -> list[Problem]:
         import datasets
         rows = datasets.load_dataset(repository, config, split=split)
     except Exception as error:  # the library raises many kinds where a download fails
-        raise UserError(f"data set {name!r} could not be loaded from the hub ({repository}, "
-                        f"{type(error).__name__}); without internet give a .jsonl file") from error
+        cli.fail(f"data set {name!r} could not be loaded from the hub ({repository}, "
+                 f"{type(error).__name__}); without internet give a .jsonl file")
     question = question or ("problem" if "problem" in rows.column_names else "question")
     if missing := {question, answer} - set(rows.column_names):
-        raise UserError(f"{name!r} has the columns {rows.column_names} and lacks {sorted(missing)}")
+        cli.fail(f"{name!r} has the columns {rows.column_names} and lacks {sorted(missing)}")
     problems = []
     for i, row in enumerate(rows):
         gold = row[answer]  # OlympiadBench's is a list, GSM8K's stands behind ####
@@ -177,7 +176,7 @@ def normal(question: str) -> str:
     return " ".join(question.split()).lower()
 
 
-# ---------------------------------------------------------------- prompts
+# -------- prompts
 
 def render(problem: Problem, tokenizer) -> str:
     """The prompt's text: the data's own, else the chat template's, else a plain one.
@@ -208,23 +207,23 @@ def encode(problems: list[Problem], tokenizer, config, max_new_tokens: int, all_
     for problem, text, ids in zip(problems, texts, every):
         where = f"problem {problem.id}"
         if not ids:
-            raise UserError(f"{where}: its prompt {text[:40]!r} has no tokens")
+            cli.fail(f"{where}: its prompt {text[:40]!r} has no tokens")
         if len(tokenizer) < 100 and not tokenizer.decode(ids).endswith(text):
-            raise UserError(f"{where}: the toy knows one game only, to divide a number such as "
-                            "19307: leave --data out")
+            cli.fail(f"{where}: the toy knows one game only, to divide a number such "
+                     "as 19307: leave --data out")
         if len(ids) + max_new_tokens > context:
             too_long.append(f"{where}: prompt of {len(ids)} tokens + --max-new-tokens "
                             f"{max_new_tokens} exceed the model's context of {context} tokens")
         else:
             encoded.append(replace(problem, prompt_ids=tuple(ids)))
     if too_long and (all_of_them or not encoded):
-        raise UserError(too_long[0])
+        cli.fail(too_long[0])
     if too_long:
         print(f"left out {len(too_long)} training problems: {too_long[0]}")
     return encoded
 
 
-# ---------------------------------------------------------------- find a divisor
+# -------- find a divisor
 
 @cache
 def divisor_problems(name: str) -> list[Problem]:
@@ -246,7 +245,7 @@ def grade_divisor(text: str, answer: str, graded: bool = False) -> float:
     return min(1.0, math.log(d, 100)) if graded else 1.0
 
 
-# ---------------------------------------------------------------- rewards
+# -------- rewards
 
 def grade(text: str, answer: str) -> float:
     """Reward of one answer to a mathematics problem. Never raises, never hangs."""
@@ -263,7 +262,7 @@ def grade_all(problems: list[Problem], groups) -> tuple[list[list[float]], int]:
     try:
         marked = iter(marker.mark(whole))
     except RuntimeError as error:
-        raise UserError(str(error)) from error
+        cli.fail(str(error))
     values = [0.0 if not a.finished else next(marked) if p.task == "math"
               else grade_divisor(a.text, p.answer, p.graded) for p, a in flat]
     each = iter(values)

@@ -237,7 +237,7 @@ def test_a_star_marks_changes_whose_interval_excludes_0():
                                        tuple("abcd"))
     base = flat("base", [.1, .5], [.2, .5], [.3, .5], [.4, .5])
     after = flat("run", [.3, .5], [.4, .875], [.5, .125], [.62, .5])
-    head, first, second, change, last = table([base, after]).splitlines()
+    head, first, second, change, _, last = table([base, after]).splitlines()
     assert head.split() == ["pass@1", "pass@2"]
     assert first.split() == ["base", ".250+-.457", ".500+-.332"]
     assert second.split() == ["run", ".455+-.366", ".500+-.415"]
@@ -262,7 +262,7 @@ LONG = "Qwen2.5-Math-1.5B-Instruct-passk-k8-20261125-013000-"
 @pytest.mark.parametrize("name, data, n, tokens", [
     ("{}", "math500", 64, 9.0), (LONG + "{}", "", 64, 9.0), ("{}-" + LONG, "math500", 64, 9.0),
     ("{}", "/home/someone/" + "a-long-folder/" * 6 + "x.jsonl", 64, 9.0),
-    ("sixteen-letters{}", "", 8, 3e4)])
+    ("sixteen-letters{}", "", 8, 300.0)])
 def test_the_table_has_at_most_100_columns_and_loses_no_number(name, data, n, tokens):
     ks = evaluate.powers_of_two(n)
     for count in (1, 2, 4):

@@ -144,7 +144,7 @@ def lines_to_read(file: str) -> int:
         return text.count("\n")
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.parse(text).body
                if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    for each in re.split(r"^# -{20,} ", text, flags=re.M)[1:]:
+    for each in re.split(r"^# -{8} ", text, flags=re.M)[1:]:
         lengths[each.partition("\n")[0]] = each.count("\n")
     return sum(lengths[part] for part in parts)
 
