@@ -6,8 +6,8 @@
     python ablate.py alignment --model Qwen2.5-Math-1.5B
 
 A setting is one curve, a cell one run of train.py at one setting and seed. Flags of
-train.py may follow. The same command goes on where it was stopped. Claims are paired
-differences: same seeds, same problems, none of which a setting was chosen on.
+train.py may follow. The same command goes on where it was stopped. Claims are
+paired differences: same seeds, same problems, none of which chose a setting.
 
 Shapes: S seeds, M held-out problems, K evaluated ks.
 """
@@ -62,7 +62,7 @@ EXPERIMENTS = {
 
 
 def settle(argv: list[str]):
-    """Experiments (name -> settings), folder, whether it is the toy, seeds, common flags."""
+    """Experiments (name -> settings), folder, whether it is the toy, seeds, flags."""
     name, rest = (argv[0], argv[1:]) if argv and argv[0][:1] != "-" else ("", argv)
     if name not in (*EXPERIMENTS, "all", ""):
         cli.fail(f"experiment {name!r} is unknown{cli.nearest(name, EXPERIMENTS)}; "
@@ -72,7 +72,7 @@ def settle(argv: list[str]):
              if each in cli.SETTINGS and value is not None}
     for varied in ("k", "objective", "flip", "seed", "run", "resume"):
         if varied in given:
-            cli.fail(f"{cli.flag(varied)} is what the experiments vary: leave it out")
+            cli.fail(f"{cli.flag(varied)} is what experiments vary: leave it out")
     chosen = {each: EXPERIMENTS[each][1] for each in EXPERIMENTS if name in (each, "all")}
     seeds, scale = QUICK if args.quick else FULL
     if args.quick:
@@ -92,6 +92,7 @@ if __name__ == "__main__":
 import multiprocessing
 import os
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -133,7 +134,7 @@ def run_cells(cells: dict[Path, list[str]], workers: int) -> dict[Path, str]:
 
     with ThreadPoolExecutor(workers) as threads:
         done = tqdm(threads.map(run, cells), total=len(cells), desc="cells", disable=None)
-        return {folder: reason for folder, reason in zip(cells, done) if reason is not None}
+        return {folder: why for folder, why in zip(cells, done) if why is not None}
 
 
 def work(argv: list[str], folder: Path) -> None:
@@ -152,8 +153,8 @@ def work(argv: list[str], folder: Path) -> None:
     cli.run_script(lambda: train.main(begun))
 
 
-def result(folder: Path) -> tuple[list[dict], list[dict], dict] | None:
-    """Rows of evals.jsonl and of metrics.jsonl, and config.json; None: it is not done."""
+def result(folder: Path) -> tuple | None:
+    """Rows of evals.jsonl and metrics.jsonl, and config.json; None: not done."""
     evals, metrics = ([row for _, row in cli.read_rows(folder / name, appended=True)]
                       for name in ("evals.jsonl", "metrics.jsonl"))
     config = read_config(folder)
@@ -164,13 +165,13 @@ def result(folder: Path) -> tuple[list[dict], list[dict], dict] | None:
 # -------- the report
 
 def curve_of(label: str, results: list[tuple], at: int = -1) -> Curve:
-    """A setting after training (at = 0: before), with the LATE columns, over S seeds."""
+    """A setting after training (at = 0: before) and the LATE columns, over S seeds."""
     rewards = torch.tensor([evals[at]["rewards"] for evals, *_ in results]).double()
     ks = tuple(k for k in EVAL_KS if k <= rewards.shape[-1])  # rewards: (S, M, n)
     values = torch.stack([rspo.max_at_k(rewards, k) for k in ks], -1)  # (S, M, K)
-    late = {}
+    quarters, late = [rows[len(rows) * 3 // 4:] for _, rows, _ in results], {}
     for column, name in LATE.items():
-        last = [[row[column] for row in rows[len(rows) * 3 // 4:]] for _, rows, _ in results]
+        last = [[row[column] for row in rows] for rows in quarters]
         late[name] = torch.tensor(last).double().mean(-1)  # (S,)
     evals, rows, _ = results[0]
     metric = "max" if "max@k" in rows[0] else "pass"
@@ -178,11 +179,11 @@ def curve_of(label: str, results: list[tuple], at: int = -1) -> Curve:
 
 
 def verdict(curve: Curve, first: Curve, count: int) -> str:
-    """At which k it is better or worse than the first, and where the data do not say."""
-    found: dict[str, list[str]] = {}
+    """At which k it is better or worse than the first, and where nobody can say."""
+    found = defaultdict(list)
     for k, mean, half in zip(*evaluate.difference(curve, first, count)):
-        word = "not separated" if not abs(mean) > half else "better" if mean > 0 else "worse"
-        found.setdefault(word, []).append(f"@{k}")
+        word = "better" if mean > half else "worse" if -mean > half else "not separated"
+        found[word].append(f"@{k}")
     said = "; ".join(f"{word} at {', '.join(at)}" for word, at in found.items())
     return f"- {curve.name} against {first.name}: {said}."
 
@@ -202,8 +203,8 @@ def diagonal(before: Curve, curves: list[Curve], settings: dict) -> str:
     return "\n".join(lines)
 
 
-def report(name: str, results: dict[str, list[tuple]], failed: list[str], out: Path) -> str:
-    """Levels, paired differences and verdicts of the settings that are done; a figure."""
+def report(name: str, results: dict, failed: list[str], out: Path) -> str:
+    """Levels, changes and verdicts of results {setting: [result]}; a figure."""
     question, settings = EXPERIMENTS[name]
     parts = [f"## {name}", question, *failed]
     if not results:
@@ -211,7 +212,7 @@ def report(name: str, results: dict[str, list[tuple]], failed: list[str], out: P
     versions = {str((evals[-1]["ids"], config["git_commit"]))
                 for each in results.values() for evals, _, config in each}
     if len(versions) > 1:
-        cli.fail("some cells were made with other held-out problems or another version of the "
+        cli.fail("some cells have other held-out problems or another version of the "
                  "code: delete the older ones, or give another --out")
     first, *others = curves = [curve_of(*each) for each in results.items()]
     draw(curves, out / f"{name}.png")
@@ -226,8 +227,8 @@ def report(name: str, results: dict[str, list[tuple]], failed: list[str], out: P
         each = " ".join(f"{mean:.3f}" for mean in each_seed(curve, k))
         parts[-1] += f"\n{curve.name:28s} {each}"
     parts[-1] += "\n```"
-    parts.append(f"{len(first.values)} seed(s); {', '.join(LATE.values())}: the last quarter of "
-                 f"training. `python ablate.py {' '.join(sys.argv[1:])}`")
+    parts.append(f"{len(first.values)} seed(s); {', '.join(LATE.values())}: the last quarter "
+                 f"of training. `python ablate.py {' '.join(sys.argv[1:])}`")
     return "\n\n".join(parts)
 
 
@@ -236,7 +237,7 @@ def each_seed(curve: Curve, k: int) -> list[float]:
 
 
 def draw(curves: list[Curve], path: Path) -> None:
-    """Each seed at k = 1 and 8; in place of the first the curves, where they are few."""
+    """The curves, where they are few, else each seed at k = 1; each seed at k = 8."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for axes, k in zip(figure.subplots(1, 2), (1, min(8, curves[0].ks[-1]))):
         if k == 1 and len(curves) <= 5:
@@ -251,7 +252,7 @@ def draw(curves: list[Curve], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None) -> None:
     chosen, out, toy, seeds, flags = settle(sys.argv[1:] if argv is None else argv)
     if not chosen:
         for name, (question, settings) in EXPERIMENTS.items():

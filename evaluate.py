@@ -20,7 +20,7 @@ from lib import cli
 
 SHARED = ("data", "n", "temperature", "max_new_tokens", "dtype", "load_in_4bit", "limit")
 SETTINGS = {
-    "model": cli.Setting("what to evaluate: as in train.py, or a .jsonl of sample.py", kind=list),
+    "model": cli.Setting("models as in train.py, or .jsonl files of sample.py", kind=list),
     "k": cli.Setting("ks to report, such as 1,8,64 (default: powers of two)", kind=str),
     **{name: cli.SETTINGS[name] for name in (*SHARED, "sampler", "seed")},
     "out": cli.Setting("figure to write", Path("runs/evaluate.png"), kind=Path),
@@ -48,7 +48,7 @@ from lib import page, policy, run, tasks
 from lib.tasks import Problem
 
 SHARES = ("pass@", "cut off")  # metrics that lie between 0 and 1
-# in every figure, told apart in grey, too: what it was trained for -> colour, marker, dashes
+# in every figure, told apart in grey, too: colour, marker, dashes
 LOOKS = {"before": ("#555555", "s", "--"), "k = 1": ("#0072b2", "o", "-"),
          "k = 8": ("#d55e00", "^", "-."), "k = 2": ("#009e73", "v", ":"),
          "k = 4": ("#e69f00", "x", "--"), "k = 16": ("#cc79a7", "D", "-"),
@@ -88,8 +88,7 @@ def powers_of_two(n: int) -> tuple[int, ...]:
 def check_ks(ks: tuple[int, ...], n: int, name: str) -> None:
     for k in ks:
         if not 1 <= k <= n:
-            cli.fail(f"k is {k}, but {name} has n = {n} samples per problem, and pass@k "
-                     "has an unbiased estimate for 1 <= k <= n only")
+            cli.fail(f"k is {k}, but {name} has n = {n}: pass@k needs 1 <= k <= n")
 
 
 def make_curve(name: str, problems: list[Problem], rewards: list[list[float]],
@@ -151,7 +150,7 @@ def level(metric: str, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def difference(after: Curve, before: Curve, comparisons: int = 1):
-    """Shared ks, mean of after - before by problem, half width; None if none is shared."""
+    """Shared ks, mean of after - before, half width; None if nothing is shared."""
     ks = tuple(k for k in after.ks if k in before.ks)
     known = set(before.problems)
     shared = [problem for problem in after.problems if problem in known]
@@ -168,7 +167,7 @@ def difference(after: Curve, before: Curve, comparisons: int = 1):
 # -------- tables and figures
 
 def summary(curves: list[Curve], comparisons: int = 1) -> list[dict]:
-    """The numbers of table and .csv: a row per model, minus the first or not, and metric."""
+    """The numbers of table and .csv: a row per curve, or change, and metric."""
     rows, first = [], curves[0]
     for curve in curves:
         own = {f"{curve.metric}@{k}": curve.values[..., [i]] for i, k in enumerate(curve.ks)}
@@ -188,7 +187,7 @@ def summary(curves: list[Curve], comparisons: int = 1) -> list[dict]:
 
 
 def table(curves: list[Curve], title: str = "", comparisons: int = 1) -> str:
-    """Text of at most 100 columns: a line per curve, its change against the first below."""
+    """At most 100 columns: a line per curve, its change against the first below."""
     rows, lines, found = summary(curves, comparisons), [], {}
     for row in rows:  # its label, under "", and its cells by metric
         cells = found.setdefault((row["model"], row["minus"]), {"": label(row)})
@@ -231,7 +230,7 @@ def cell(row: dict) -> str:
 
 
 def looks_of(names: list[str]) -> list[dict]:
-    """How each curve is drawn: as its method is everywhere, else in a look that is left."""
+    """How each curve is drawn: as its method is everywhere, else as is left."""
     looks = []
     for name in names:
         k = re.search(r"(?:k = |Max@)(\d+)", name)
@@ -268,7 +267,7 @@ def plot(curves: list[Curve], path: Path, title: str) -> None:
 
 
 def best_of_k(rows: list[dict]) -> tuple[str, str]:
-    """The column pass@k or max@k, and what it is called: by its k, if all rows have the same."""
+    """The column pass@k or max@k; its name, by its k if all rows have the same."""
     column = next(name for name in rows[0] if name.endswith("@k"))
     ks = {row["k"] for row in rows}
     return column, column[:-1] + (ks.pop() if len(ks) == 1 else "k")
@@ -277,8 +276,10 @@ def best_of_k(rows: list[dict]) -> tuple[str, str]:
 def plot_history(rows: list[dict], path: Path) -> None:
     """Six columns of metrics.jsonl over the steps of a run."""
     best, label = best_of_k(rows)
-    columns = ("reward", best, "entropy", "zero_weight_prompts", "completion_tokens", "grad_norm")
-    figure, steps = Figure(figsize=(11, 5.6), layout="constrained"), [row["step"] for row in rows]
+    columns = ["reward", best, "entropy"]
+    columns += ["zero_weight_prompts", "completion_tokens", "grad_norm"]
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     for axes, column in zip(figure.subplots(2, 3, sharex=True).flat, columns):
         values = [row[column] for row in rows]
         axes.plot(steps, values, color="#0072b2", alpha=0.3, label="each step")
@@ -295,12 +296,10 @@ def running_mean(values, size: int = 10) -> list[float]:
 # -------- the script
 
 def read_samples(path: Path) -> Samples:
-    """A samples file, with its problems and gold answers as its data set holds them now.
-
-    UserError names the line that cannot be right.
-    """
+    """A samples file; problems and gold answers are those of the data as it is now."""
     settings, problems, groups = None, [], []
     for number, row in cli.read_rows(path):
+        where = f"{path}, line {number}"
         try:
             head = {name: row[name] for name in sample.HEAD}
             group = [Answer(each["text"], bool(each["finished"])) for each in row["answers"]]
@@ -308,15 +307,14 @@ def read_samples(path: Path) -> Samples:
                 problems = tasks.load_problems(str(head["data"]), head["limit"])
                 settings = {**head, "data_digest": cli.digest(problems)}
         except (KeyError, TypeError) as error:
-            cli.fail(f"{path}, line {number}: not a row of sample.py "
-                     f"({type(error).__name__}: {error})")
+            cli.fail(f"{where}: not a row of sample.py ({type(error).__name__}: {error})")
         due = problems[len(groups)].id if len(groups) < len(problems) else None
         for name, value in {**settings, "id": due}.items():
             if row.get(name) != value:
-                cli.fail(f"{path}, line {number}: {name} is {row.get(name)!r}, but {value!r} in "
-                         f"the first line or in {row['data']} as it is now: sample it again")
+                cli.fail(f"{where}: {name} is {row.get(name)!r}, but {value!r} in the first "
+                         f"line or in {row['data']} as it is now: sample it again")
         if len(group) != row["n"] or not all(isinstance(each.text, str) for each in group):
-            cli.fail(f"{path}, line {number}: not n = {row['n']} texts")
+            cli.fail(f"{where}: not n = {row['n']} texts")
         groups.append(group)
     if not groups:
         cli.fail(f"samples file {path} holds no samples")
@@ -334,13 +332,14 @@ def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
         args.k = args.k and tuple(sorted({int(k) for k in args.k.split(",")}))
     except ValueError:
         cli.fail(f"--k is {args.k!r}, but must be a number or a list (1,4,16)")
-    entries = {each: argparse.Namespace(**{**vars(args), "model": each}) for each in args.model}
-    files = {each: read_samples(Path(each)) for each in entries if each.endswith(".jsonl")}
-    for source, entry in entries.items():
-        if source in files:
-            vars(entry).update(files[source].settings)
+    entries, files = {}, {}
+    for source in args.model:
+        entries[source] = argparse.Namespace(**{**vars(args), "model": source})
+        if source.endswith(".jsonl"):
+            files[source] = read_samples(Path(source))
+            vars(entries[source]).update(files[source].settings)
         else:
-            sample.settle(entry)
+            sample.settle(entries[source])
     own = [each for each in entries if each in files or run.flags_of(each)] or entries
     for name in SHARED:
         values = {each: getattr(entries[each], name) for each in own}
@@ -359,7 +358,7 @@ def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
 
 
 def names_of(sources: list[str]) -> dict[str, str]:
-    """What tables and legends call them: what they are, where that tells them apart."""
+    """What tables and legends call them: what they are, where that differs."""
     names = {source: describe(source) for source in sources}
     counts = Counter(names.values())
     return {source: source if counts[name] > 1 else name
@@ -370,7 +369,8 @@ def describe(source: str) -> str:
     """"RSPO k = 8, step 40 of 400" of a run or one of its checkpoints, else its name."""
     if not (flags := run.flags_of(source)):
         return Path(source).name
-    method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(flags["objective"], flags["objective"])
+    method = flags["objective"]
+    method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(method, method)
     step = run.resolve_model(source)[1].name.removeprefix("step_").lstrip("0")
     return f"{method} k = {flags['k']}, step {step} of {flags['steps']}"
 
@@ -378,12 +378,12 @@ def describe(source: str) -> str:
 def sample_model(args) -> Samples:
     """Samples of a model, from a file beside the figure."""
     problems = tasks.load_problems(args.data, args.limit)
-    stem = "-".join(re.sub(r"[^\w.]", "-", Path(part).name) for part in (args.model, args.data))
+    names = Path(args.model).name, Path(args.data).name
+    stem = "-".join(re.sub(r"[^\w.]", "-", name) for name in names)
     folder = args.out.with_suffix("")
     path = folder / f"{stem}-{cli.digest(sample.head_of(args, problems))[:8]}.jsonl"
     if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):
-        print(f"{args.model} on {args.data} is sampled again: settings, weights or problems "
-              "have changed")
+        print(f"{args.model} on {args.data} is sampled again: weights, settings or data changed")
     sample.sample_file(args, path, problems)
     return read_samples(path)
 
@@ -393,15 +393,14 @@ def curve_of(samples: Samples, name: str, ks: tuple[int, ...] | None) -> Curve:
     problems, groups, _ = samples
     rewards, failures = tasks.grade_all(problems, groups)
     if failures:
-        print(f"{failures} of {sum(map(len, groups))} answers of {name} could not be graded "
-              "and count as wrong")
+        print(f"{failures} answers of {name} were not graded: they earn 0")
     cut = [fmean(not each.finished for each in group) for group in groups]  # (M,)
     return replace(make_curve(name, problems, rewards, ks),
                    more={"cut off": torch.tensor(cut).double()}, failures=failures,
                    rows=tuple(page.rows_of(problems, groups, rewards)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None) -> None:
     args = cli.parse(__doc__, SETTINGS, argv)
     args.model = list(dict.fromkeys(args.model or ["toy"]))
     args.out = args.out or SETTINGS["out"].default
@@ -418,7 +417,8 @@ def main(argv: list[str] | None = None) -> None:
         writer.writeheader()
         writer.writerows(rows)
     k = run.flags_of(args.model[-1]).get("k", cli.SETTINGS["k"].default)
-    page.write(args.out.with_suffix(".html"), data, k, [(each.name, each.rows) for each in curves])
+    sides = [(curve.name, curve.rows) for curve in curves]
+    page.write(args.out.with_suffix(".html"), data, k, sides)
     print(f"figure: {args.out}; beside it its numbers (.csv) and answers to read (.html)")
 
 

@@ -16,7 +16,7 @@ from lib import cli
 
 SAMPLING = ("data", "model", "n", "temperature", "max_new_tokens", "sampler",
             "dtype", "load_in_4bit", "limit", "seed")
-HEAD = (*SAMPLING, "checkpoint", "weights", "data_digest")  # begins each row of a samples file
+HEAD = (*SAMPLING, "checkpoint", "weights", "data_digest")  # of each row in a file
 SETTINGS = {name: cli.SETTINGS[name] for name in SAMPLING} | {
     "out": cli.Setting("file to write", Path("samples.jsonl"), kind=Path),
     "ask": cli.Setting("one question instead of --data; writes nothing", kind=str)}
@@ -44,7 +44,7 @@ REMEDIES = {  # what vLLM's error speaks of
     "ompiler": "install gcc and Python's headers (build-essential, python3-dev)",
     "gcc": "install Python's headers (python3-dev)",
     "No space left": "make room there or set TMPDIR to another folder",
-    "emory": "lower --gpu-memory or --max-new-tokens, end what else is on the GPU (nvidia-smi)"}
+    "emory": "lower --gpu-memory or --max-new-tokens, end what else is on the GPU"}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can serve
 
 
@@ -63,7 +63,8 @@ class HFSampler:
     block = 64  # prompts worth handing over in one call
 
     def __init__(self, model, tokenizer, stops, temperature, max_new_tokens):
-        self.model, self.stops, self.decode = model, stops, lru_cache(1024)(tokenizer.decode)
+        self.model, self.stops = model, stops
+        self.decode = lru_cache(1024)(tokenizer.decode)
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
 
     def sync(self, model, version: int) -> None:
@@ -77,7 +78,8 @@ class HFSampler:
         groups = [[] for _ in prompts]
         waiting = [i for i in range(len(prompts)) for _ in range(n)]
         waiting.sort(key=lambda i: -len(prompts[i]))  # little padding
-        most = policy.LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0]
+        head = self.model.get_output_embeddings()
+        most = policy.LOGITS_AT_ONCE // head.weight.shape[0]
         while waiting:
             tokens = len(prompts[waiting[0]]) + self.max_new_tokens
             batch = waiting[:max(1, min(most, CACHE_TOKENS // tokens))]
@@ -98,8 +100,8 @@ class HFSampler:
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)  # (P, L), (P, L)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (P, L)
 
-        # Answers that are still the same share a row: S different texts, first the prompts.
-        # (For a number of logits to keep, a CPU would copy the head once per prompt.)
+        # Equal answers share a row: S different texts, first the prompts. (Were
+        # logits_to_keep a number, a CPU would copy the head once per prompt.)
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
                           position_ids=positions, logits_to_keep=tensor([-1]))
         cache, logits, position = read.past_key_values, read.logits, positions[:, -1:]
@@ -119,7 +121,7 @@ class HFSampler:
             if t + 1 == self.max_new_tokens or not alive.any():
                 break
             rows, size = rows[alive], logp.shape[-1]
-            grown = (text * size + token)[alive]  # (R,)  a text and what continues it, as one
+            grown = (text * size + token)[alive]  # (R,)  text and token as one
             grown, text = grown.unique(return_inverse=True)  # (S,), (R,)
             before, token = grown // size, grown % size  # (S,), (S,)
             if not torch.equal(before, torch.arange(len(mask), device=before.device)):
@@ -228,10 +230,9 @@ def stop_ids(model, tokenizer) -> list[int]:
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"},
-                 {"role": "assistant", "content": "ANSWER"}]
+                 {"role": "assistant", "content": "THE_ANSWER"}]
         chat = tokenizer.apply_chat_template(turns, tokenize=False)
-        _, said, behind = chat.rpartition("ANSWER")
-        behind = behind if said else ""
+        behind = chat.partition("THE_ANSWER")[2]
         first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
         added = tokenizer.added_tokens_decoder
         stops |= {i for i in first if i in added and added[i].special}
@@ -245,15 +246,15 @@ def pick_sampler(wanted: str, dtype: str) -> str:
     """"vllm" or "hf". UserError where vLLM is asked for and cannot be had."""
     installed = importlib.util.find_spec("vllm") is not None
     on_gpu = wanted != "hf" and policy.pick_device() == "cuda"
-    if on_gpu and dtype == "float32" and wanted == "vllm":
-        cli.fail("--dtype float32: on a GPU vLLM's adapters have 16 bits; take --sampler hf")
     if wanted == "vllm" and not installed:
         cli.fail("--sampler vllm: vLLM is not installed (requirements.txt); take hf")
-    if wanted == "auto" and on_gpu and installed:
-        return "hf" if dtype == "float32" else "vllm"
-    if wanted == "auto" and on_gpu:
+    if wanted == "vllm" and on_gpu and dtype == "float32":
+        cli.fail("--dtype float32: vLLM's adapters have 16 bits; take --sampler hf")
+    if wanted != "auto" or not on_gpu:
+        return wanted.replace("auto", "hf")
+    if not installed:
         print("vLLM is not installed: sampling in plain PyTorch, which is slower")
-    return wanted.replace("auto", "hf")
+    return "vllm" if installed and dtype != "float32" else "hf"
 
 
 def make_sampler(args, model, tokenizer, problems: list, folder: Path, gpu_memory):
@@ -338,7 +339,7 @@ def head_of(args, problems: list) -> dict:
 
 
 def rows_done(path: Path, head: dict) -> int:
-    """Whole rows in a samples file. UserError unless each begins with this head."""
+    """Whole rows in a samples file. UserError unless each has this head."""
     rows = cli.read_rows(path, appended=True)
     begun = path.read_bytes()[:9] if path.exists() and not rows else b""
     if not b'{"data": '.startswith(begun):
@@ -366,17 +367,18 @@ def sample_file(args, path: Path, problems: list) -> None:
         done = rows_done(path, head) // sampler.block * sampler.block
         lines = path.read_bytes().split(b"\n")[:done]
         os.truncate(path, sum(len(line) + 1 for line in lines))
-        place, label = (args.seed, "sample", args.data), f"sampling {args.model} on {args.data}"
+        place = args.seed, "sample", args.data
+        label = f"sampling {args.model}"
         for groups in sample_blocks(sampler, problems, args.n, place, label, done):
             cli.write_rows(path, [
-                {**head, "id": p.id, "task": p.task, "problem": p.question, "answer": p.answer,
+                {**head, "id": p.id, "problem": p.question, "answer": p.answer,
                  "answers": [{"text": r.text, "finished": r.finished} for r in group]}
                 for p, group in zip(problems[done:], groups)])
             done += len(groups)
 
 
 def ask(args) -> None:
-    """Print what is answered to one question, the most frequent first, and one in full."""
+    """Print the answers to one question, the most frequent first, and one in full."""
     prompt = f"{args.ask}:" if tasks.split_name(args.data)[0] in tasks.GAMES else None
     problem = tasks.Problem("ask", args.ask, "", prompt=prompt)
     sampler, [problem] = open_sampler(args, [problem])
@@ -387,7 +389,7 @@ def ask(args) -> None:
     print(f"\nthe first one in full:\n\n{group[0].text}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None) -> None:
     args = cli.parse(__doc__, SETTINGS, argv)
     if args.ask is not None and (args.data or not args.ask.strip()):
         cli.fail("--ask must be a question, and brings its own: leave --data out")

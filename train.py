@@ -5,7 +5,6 @@
     python train.py --resume runs/NAME                go on where a run stopped
 
 One on-policy update per step: no clipped ratios, no KL term, no value model.
-Left out on purpose: several GPUs, full fine-tuning, sampling ahead of learning.
 
 Shapes: P prompts per step, n answers of each, M held-out problems.
 """
@@ -105,12 +104,13 @@ def grade(problems: list, groups) -> tuple[Tensor, int]:
 
 def flipped(rewards: Tensor, share: float, seed: int) -> Tensor:
     """0/1 rewards (P, n), of which a share is flipped at random."""
-    flip = torch.rand(rewards.shape, generator=torch.Generator().manual_seed(seed)) < share
+    randomness = torch.Generator().manual_seed(seed)
+    flip = torch.rand(rewards.shape, generator=randomness) < share  # (P, n)
     return torch.where(flip, 1 - rewards, rewards)  # (P, n)
 
 
 def batch_at(total: int, step: int, size: int, seed: int) -> list[int]:
-    """Problems of a step: on through a fresh shuffle per epoch. Depends on nothing else."""
+    """Problems of a step: on through a fresh shuffle per epoch."""
     positions = range(step * size, (step + 1) * size)
     epochs = {position // total for position in positions}
     order = {epoch: random.Random(f"{seed}/{epoch}").sample(range(total), total)
@@ -157,7 +157,7 @@ def metrics_row(step, ks, batch, groups, rewards, weights, clock, **stats) -> di
     }
 
 
-ALARMS = {  # column, from where to where it rings, what to change; the first one counts
+ALARMS = {  # column, where it rings, what to change; the first one counts
     "gap": ("logprob_gap_mean", 0.05, inf, "off-policy: take --sampler hf --dtype float32"),
     "cut off": ("truncated", 0.5, inf, "cut-off answers earn 0: raise --max-new-tokens"),
     "solved": ("reward", 0.95, inf, "nothing is left to learn: take harder --data"),
@@ -203,13 +203,13 @@ def report_run(run: Run, held_out: list, k: str) -> None:
     evaluate.plot_history(run.read("metrics.jsonl"), run.folder / "history.png")
     page.write(run.folder / "samples.html", run.folder.name, k,
                [(name, row["samples"]) for name, row in sides.items()])
-    print(f"\nfigures: {run.folder}/*.png; answers to read: {run.folder}/samples.html; next: "
+    print(f"\nlook at {run.folder}/samples.html and *.png; next:\n"
           f"python evaluate.py --model {run.folder}")
 
 
 # -------- the script
 
-def settle(argv: list[str] | None):
+def settle(argv):
     """All settings of a new run, or of the one to resume."""
     args = cli.parse(__doc__, cli.SETTINGS, argv)
     if args.resume:
@@ -223,17 +223,18 @@ def settle(argv: list[str] | None):
     args.model = args.model or "toy"
     base, adapter = resolve_model(args.model)
     if args.model != "toy" and Path(args.model).is_dir():
-        args.model = str(Path(args.model).resolve())  # so that the run works from anywhere
+        args.model = str(Path(args.model).resolve())  # the run works from anywhere
     own = {"load_in_4bit": flags_of(args.model).get("load_in_4bit", False)}
     if adapter:
         own["lora_rank"] = read_adapter(adapter).r
         for name, value in own.items():
             if getattr(args, name) not in (None, value):
-                cli.fail(f"{cli.flag(name)} is {getattr(args, name)}, but the adapter of "
-                         f"{args.model} has {value}")
+                cli.fail(f"{cli.flag(name)} is {getattr(args, name)}, but {value} in the "
+                         f"adapter of {args.model}")
     cli.settle(args, cli.SETTINGS, cli.is_toy(base), own)
     args.sampler = sample.pick_sampler(args.sampler, args.dtype)
-    name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{time.strftime('%Y%m%d-%H%M%S')}"
+    now = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{Path(args.model).name}-{args.objective}-k{args.k}-{now}"
     args.run = args.run or Path("runs") / name.replace(":", "to").replace(",", "_")
     if args.run.exists() or ".." in args.run.parts:
         cli.fail(f"--run is {args.run}, but must be a new folder, without '..' (or --resume it)")
@@ -247,8 +248,8 @@ def check(args, graded: bool) -> None:
     try:
         ks = {k for step in range(args.steps) for k in ks_at(args.k, step, args.steps)}
     except ValueError:
-        cli.fail(f"--k is {args.k!r}, but must be a number (4), a list (1,4,16), harmonic, or a "
-                 f"schedule (8:1) of at most --steps = {args.steps} values")
+        cli.fail(f"--k is {args.k!r}, but must be a number (4), a list (1,4,16), harmonic, "
+                 f"or a schedule (8:1) of at most --steps = {args.steps} values")
     for k in sorted(ks):
         try:  # the weights themselves know what they can do
             rspo.OBJECTIVES[args.objective]([0.5 * graded] * args.n, k)
@@ -266,7 +267,7 @@ def config_of(args, data: dict) -> dict:
             "git_commit": commit, "data": data}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None) -> None:
     args = settle(argv)
     run = Run(args.run) if args.resume else None  # refused at once if in use
     base, adapter = resolve_model(args.model)
@@ -278,8 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     check(args, problems[0].graded)
     data = {"training": cli.digest(problems), "held-out": cli.digest(held_out)}
     if run and read_config(args.run)["data"] != data:
-        cli.fail(f"--resume {args.run}: its problems have changed since it began; put them back "
-                 "or start a new run")
+        cli.fail(f"--resume {args.run}: its problems have changed since it began; put them "
+                 "back or start a new run")
     model, tokenizer = policy.load_model(base, adapter, args.dtype, device, args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)

@@ -1,4 +1,4 @@
-"""The door: every setting once, command lines, files of lines, refusals in one sentence."""
+"""The door: every setting once, command lines, files of rows, refusals."""
 
 import argparse
 import difflib
@@ -63,10 +63,11 @@ MEANT = {  # what others say
 KINDS = {  # how argparse reads each
     int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "X"},
     str: {"metavar": "VALUE"}, list: {"metavar": "VALUE", "nargs": "+"},
-    Path: {"type": Path, "metavar": "PATH"}, bool: {"action": argparse.BooleanOptionalAction}}
+    Path: {"type": Path, "metavar": "PATH"},
+    bool: {"action": argparse.BooleanOptionalAction}}
 
 
-def parse(doc: str, settings: dict[str, Setting], argv: list[str] | None = None):
+def parse(doc: str, settings: dict[str, Setting], argv=None):
     """The settings that were given, None for the others."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description="\n\n".join(doc.split("\n\n")[:2]),
@@ -94,7 +95,7 @@ def parse(doc: str, settings: dict[str, Setting], argv: list[str] | None = None)
     return args
 
 
-def settle(args: argparse.Namespace, settings: dict[str, Setting], toy: bool, own: dict) -> None:
+def settle(args, settings: dict[str, Setting], toy: bool, own: dict) -> None:
     """What was not given is what `own` says, else its default."""
     for name, each in settings.items():
         if getattr(args, name, None) is None:
@@ -103,7 +104,7 @@ def settle(args: argparse.Namespace, settings: dict[str, Setting], toy: bool, ow
 
 
 def is_toy(model: str) -> bool:
-    """Whether a model is the embedded toy, or one that toy/pretrain.py made of another seed."""
+    """Whether a model is the embedded toy, or a sister made by toy/pretrain.py."""
     config = Path(model, "config.json")
     return model == "toy" or config.is_file() and (
         config.read_bytes() == (TOY / "config.json").read_bytes())
@@ -119,11 +120,12 @@ def fail(sentence: str):
 
 def digest(what) -> str:
     """SHA-256 of bytes, or of what Python writes for anything else."""
-    return hashlib.sha256(what if isinstance(what, bytes) else repr(what).encode()).hexdigest()
+    data = what if isinstance(what, bytes) else repr(what).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
 def nearest(name: str, known, cutoff: float = 0.65, value: str = "") -> str:
-    """", did you mean x?" where a known name is near, else ""; value: what stands behind it."""
+    """", did you mean x?" where a known name is near, else ""; value: behind x."""
     near = difflib.get_close_matches(name, known, 1, cutoff)
     return f", did you mean {near[0]} {value}".rstrip() + "?" if near else ""
 
@@ -137,7 +139,8 @@ def run_script(main) -> None:
         if not isinstance(error, UserError | OSError) and not full:
             raise
         hint = "; make room there or set TMPDIR to another folder"
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}" + hint * (full and type(error) != UserError))
+        hint *= full and type(error) != UserError
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}{hint}")
     except KeyboardInterrupt:
         print("\nstopped; nothing that was finished is lost", file=sys.stderr)
         sys.exit(130)
@@ -148,14 +151,14 @@ def refuse_early(parse_flags) -> None:
     run_script(parse_flags)
     for package in ("torch", "transformers", "peft", "tqdm", "matplotlib"):
         if importlib.util.find_spec(package) is None:
-            run_script(lambda: fail(f"the package {package} is missing: pip install -r "
-                                    "requirements.txt (without a GPU requirements-cpu.txt)"))
+            run_script(lambda: fail(f"{package} is missing: pip install -r requirements.txt "
+                                    "(without a GPU requirements-cpu.txt)"))
 
 
 def read_rows(path: Path, appended: bool = False) -> list[tuple[int, dict]]:
     """(line number, object) of each line of a .jsonl file.
 
-    appended: it may not be there yet, and behind its last newline is half a row or nothing.
+    appended: it may not be there yet; behind its last newline is half a row at most.
     """
     if appended and not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""A page of answers to look at, models side by side. It can run nothing and load nothing."""
+"""A page of answers to look at, models side by side. It runs and loads nothing."""
 
 import re
 import warnings
@@ -22,13 +22,14 @@ def rows_of(problems, groups, rewards) -> list[dict]:
             for p, group, values in zip(problems, groups, rewards)]
 
 
-def write(path: Path, title: str, k: str, sides: list[tuple[str, list[dict]]]) -> None:
-    """At most 20 problems of the first side, chosen evenly, with the answers of every side.
+def write(path: Path, title: str, k: str, sides: list[tuple]) -> None:
+    """At most 20 problems of the first side, with the answers of every side.
 
-    A side has a name and rows. k is as in --k, but of a schedule only the last counts.
+    sides: [(name, rows)]. k is as in --k; of a schedule the last one counts.
     """
     known = [(name, {row["id"]: row for row in rows}) for name, rows in sides]
-    first, k, problems = list(known[0][1].values()), k.split(":")[-1], ""
+    first, problems = sides[0][1], ""
+    k = k.split(":")[-1]
     for row in first[::-(-len(first) // 20) or 1]:
         divisor = row["task"].startswith("divisor")
         problems += PROBLEM.substitute(
@@ -42,7 +43,8 @@ def write(path: Path, title: str, k: str, sides: list[tuple[str, list[dict]]]) -
 
 
 def _side(name: str, answers: list[dict], k: str) -> str:
-    rewards, groups, n = [each["reward"] for each in answers], defaultdict(list), len(answers)
+    rewards = [each["reward"] for each in answers]
+    n, groups = len(answers), defaultdict(list)
     ks = [x if x == "harmonic" else min(int(x), n) for x in k.split(",")]
     with warnings.catch_warnings(action="ignore"):  # of k near n
         weights = sum(rspo.max_at_k_weights(rewards, x) for x in ks) / len(ks)  # (n,)

@@ -70,7 +70,7 @@ def pick_dtype(dtype: str) -> str:
 
 
 def peak_memory_gb() -> float:
-    """Most memory that the GPU, or without one the process, has held so far, in GiB."""
+    """Peak memory so far of the GPU, or without one of the process, in GiB."""
     unit = 1 if sys.platform == "darwin" else 2**10
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # bytes
     return (torch.cuda.max_memory_allocated() or resident) / 2**30
@@ -163,7 +163,7 @@ class LoraLinear(lora.Linear):
 
 
 def prepare(model):
-    """No dropout; LoraLinear but in 4 bits, on the head, and for more than LoRA (DoRA, a bias)."""
+    """No dropout; LoraLinear, but not in 4 bits, on the head, nor for more than LoRA."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # an adapter's
@@ -192,7 +192,7 @@ def fingerprint(model) -> str:
 # -------- log-probabilities
 
 def precision(model):
-    """Around a forward pass: a float32 adapter computes in 16 bits where its base does."""
+    """Around a forward pass: a float32 adapter computes in its base's 16 bits."""
     return torch.autocast(model.device.type, torch.bfloat16, model.dtype == torch.bfloat16)
 
 
@@ -269,7 +269,7 @@ class Learner:
         for good. Returns the norm before clipping and |learner - sampler| in
         nats per learned token. If it raises, no parameter was touched.
         """
-        total = defaultdict(float)  # equal answers are learned once, with the sum of weights
+        total = defaultdict(float)  # equal answers are learned once
         for rollout, weight in zip(rollouts, weights.tolist(), strict=True):
             total[rollout] += weight
         kept = {rollout: weight for rollout, weight in total.items() if weight}

@@ -51,8 +51,8 @@ def resolve_model(name: str, seen=()) -> tuple[str, Path | None]:
     if folder.is_dir() or name.startswith((".", "/", "~", "runs/")) or (
             "/" in name and Path(folder.parts[0]).is_dir()):
         around = folder if folder.is_dir() else folder.parent
-        there = sorted(str(path.parent.relative_to(around))
-                       for depth in ("*", "*/*") for path in around.glob(f"{depth}/config.json"))
+        configs = [*around.glob("*/config.json"), *around.glob("*/*/config.json")]
+        there = sorted(str(path.parent.relative_to(around)) for path in configs)
         what = "holds no run and no model" if folder.is_dir() else "does not exist"
         fail(f"folder {name} {what}{nearest(folder.name, there)}; in {around}: "
              f"{', '.join(there[-8:]) or 'no run and no model'}")
@@ -124,7 +124,7 @@ def flush(path: Path) -> None:
 
 
 def lock(path: Path, refusal: str):
-    """Hold a file until the returned handle is closed, refused if another process does."""
+    """Hold a file until the handle is closed; refused if another process does."""
     file = path.open("rb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,7 +169,8 @@ class Run:
             moments = {f"{name}:{kind}": value for name, parameter in learner.named.items()
                        for kind, value in learner.optimizer.state[parameter].items()}
             save_file(moments, unfinished / MOMENTS)
-            sums = {path.name: digest(path.read_bytes()) for path in sorted(unfinished.iterdir())}
+            files = sorted(unfinished.iterdir())
+            sums = {path.name: digest(path.read_bytes()) for path in files}
             state = {"base": fingerprint(learner.model), "sha256": sums}
             (unfinished / "state.json").write_text(json.dumps(state, indent=1))
             for path in [*unfinished.iterdir(), *self.folder.glob("*.jsonl"), unfinished]:
@@ -207,7 +208,7 @@ class Run:
 
     @contextmanager
     def guarded(self, learner, problems: list):
-        """Around the loop: whatever ends it, the last step is saved and the way on said."""
+        """Around the loop: whatever ends it, all is saved and the way on said."""
         def note(number, frame):
             self.signal = number
             signal.signal(number, signal.SIG_DFL)
@@ -241,7 +242,7 @@ class Run:
                 signal.signal(each, handler)
 
     def _keep(self, learner, error: Exception, problems: list) -> None:
-        """Write down the rollout to blame, and the policy before the step that failed."""
+        """Write down the rollout to blame, and the policy before that step."""
         row = {"step": self.step + 1, "error": str(error)}
         if rollout := getattr(error, "rollout", None):
             asked = (vars(p) for p in problems if p.prompt_ids == rollout.prompt_ids)

@@ -66,7 +66,7 @@ HELD_OUT = {"math": "math500", "gsm8k": "gsm8k-test"}  # what else a set is eval
 
 
 def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
-    """Problems of a data set, in its order; limit: so many, in a fixed random order."""
+    """Problems of a data set, in order; limit: so many, in a fixed random order."""
     name, *parts = split_name(name_or_path)
     if name in GAMES:
         problems = [*divisor_problems(name)]
@@ -102,7 +102,7 @@ def split_name(name: str) -> list[str]:
 
 
 def train_and_eval(data: str, eval_data: str | None, eval_limit: int | None):
-    """Training and held-out problems, no question in both, and the names of the data."""
+    """Training and held-out problems, no question in both, and their data's names."""
     name, *parts = split_name(data)
     if eval_data is None and name in HELD_OUT and not PARTS.keys() & set(parts):
         eval_data = ":".join([HELD_OUT[name], *parts])
@@ -115,7 +115,8 @@ def train_and_eval(data: str, eval_data: str | None, eval_limit: int | None):
     if not kept:
         cli.fail(f"every problem of {data!r} is in {eval_data!r}: nothing to train on")
     if len(kept) < len(problems):
-        print(f"left out {len(problems) - len(kept)} problems of {data}: they are in {eval_data}")
+        left_out = len(problems) - len(kept)
+        print(f"left out {left_out} problems of {data}: they are in {eval_data}")
     return kept, load_problems(eval_data, eval_limit), data, eval_data
 
 
@@ -237,7 +238,7 @@ def composites() -> list[int]:
 
 
 def grade_divisor(text: str, answer: str, graded: bool = False) -> float:
-    """1.0 if text is a divisor of the number `answer`, other than 1 and itself, else 0.0."""
+    """1.0 if text is a divisor of the number `answer`, but 1 and itself, else 0.0."""
     number, text = int(answer), text.strip()
     d = int(text) if re.fullmatch("[1-9][0-9]{0,14}", text) else 1
     if not 1 < d < number or number % d:
@@ -270,5 +271,5 @@ def grade_all(problems: list[Problem], groups) -> tuple[list[list[float]], int]:
 
 
 def vote(text: str) -> str:
-    """What an answer says, to count which agree: its last boxed string, else all of it."""
+    """What an answer says, to count which agree: its last box, else all of it."""
     return "".join((marker.last_boxed(text) or text).split())

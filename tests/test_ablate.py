@@ -357,7 +357,7 @@ def test_without_an_experiment_all_are_listed(capsys):
 @pytest.mark.parametrize("flags, said", [
     ("alignmnt", "experiment 'alignmnt' is unknown, did you mean alignment?"),
     ("nothing-like-it", "experiment 'nothing-like-it' is unknown; python ablate.py lists"),
-    *[(f"noise --{name} {value}", f"--{name} is what the experiments vary: leave it out")
+    *[(f"noise --{name} {value}", f"--{name} is what experiments vary: leave it out")
       for name, value in (("k", 4), ("objective", "loo"), ("flip", 0), ("seed", 0), ("run", "x"),
                           ("resume", "x"))],
     ("noise --seeds 0", "--seeds is 0, but must be at least 1"),

@@ -471,7 +471,7 @@ def test_a_model_that_has_changed_is_sampled_again(go, tmp_path, trained):
     shutil.copytree(trained, later)
     flags = ["--model", model, later, "--n", 2, "--max-new-tokens", 12, "--limit", 3,
              "--data", "divisor:test", "--out", tmp_path / "x.png"]
-    said = "is sampled again: settings, weights or problems have changed"
+    said = "is sampled again: weights, settings or data changed"
     assert said not in go(evaluate, *flags)
     assert go(evaluate, *flags).count("is complete") == 2
     (model / "model.safetensors").touch()
@@ -582,7 +582,7 @@ def test_a_problem_that_has_changed_is_noticed_and_sampled_again(go, tmp_path, l
     before = out.read_text()
     write_data(data, **last)
     printed = go(evaluate, *flags, "--out", tmp_path / "x.png")
-    assert "is sampled again: settings, weights or problems have changed" in printed
+    assert "is sampled again: weights, settings or data changed" in printed
     with pytest.raises(UserError, match="was made with data_digest = .*line 1"):
         go(sample, *flags, "--out", out)
     assert out.read_text() == before
@@ -633,7 +633,7 @@ def test_answers_that_the_grader_lost_are_counted_printed_and_written(go, monkey
     grade_all = tasks.grade_all
     monkeypatch.setattr(tasks, "grade_all", lambda *given: (grade_all(*given)[0], 3))
     printed = go(evaluate, "--data", data, *FROM_FILE, "--out", tmp_path / "x.png")
-    assert "3 of 10 answers of toy could not be graded and count as wrong" in printed
+    assert "3 answers of toy were not graded: they earn 0" in printed
     with (tmp_path / "x.csv").open(newline="") as file:
         assert {row["grader_failures"] for row in csv.DictReader(file)} == {"3"}
 

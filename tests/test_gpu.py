@@ -180,7 +180,7 @@ def test_a_driver_that_torch_cannot_use_is_refused_and_not_replaced_by_the_cpu(
     flags = REAL if script is train else REAL[:2]
     said = sentence(script.main, flags)
     assert "driver 580 or newer" in said and torch.__version__ in said
-    assert "CUDA_VISIBLE_DEVICES= to stay on the CPU" in said
+    assert "CUDA_VISIBLE_DEVICES= for the CPU" in said
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert policy.pick_device() == "cpu"
 

@@ -167,7 +167,7 @@ def test_a_run_and_its_evaluation_leave_the_page(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     train.main([*"--prompts 2 --n 4 --k 2 --limit 10 --eval-n 8 --steps 1 --run".split(),
                 str(folder)])
-    assert f"{folder}/samples.html" in capsys.readouterr().out
+    assert f"look at {folder}/samples.html" in capsys.readouterr().out
     found = Reader(folder / "samples.html")
     held_out = tasks.load_problems("divisor:test", 10)
     assert found.of("h2") == [p.question for p in held_out]
