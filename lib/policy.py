@@ -261,6 +261,7 @@ class Learner:
         self.temperature, self.cap = temperature, cap
         self.micro_batch_tokens = micro_batch_tokens
         self.adapter_arrived = False  # the sampler was seen to use it
+        self.compared = torch.zeros(3)  # tokens, their gap to policy and base
 
     def update(self, rollouts: list, weights: Tensor) -> dict:
         """One step along (1/B) sum_i W_i grad log pi(y_i), weights (B,).
@@ -332,17 +333,20 @@ class Learner:
             fail(f"sampler and learner disagree by {gap.mean():.2g} nats per token, "
                  f"rounding by {allowed:g}: another adapter, base or temperature, "
                  "top-k, top-p, or logits that change after the output layer")
-        if self.adapter_arrived or len(gap) < TOKENS_TO_DECIDE:
+        if self.adapter_arrived:
             return
         batches = micro_batches(rollouts, self.micro_batch_tokens)
-        tokens = to_base = 0
-        while tokens < TOKENS_TO_DECIDE:
+        while batches and self.compared[0] < TOKENS_TO_DECIDE:
             few = batches.pop()  # the shortest, which are the end of `gap`
             with self.model.disable_adapter():
                 base, _ = token_logprobs(self.model, few, self.temperature)  # (N,)
-            to_base += (base.cpu() - sampled_logprobs(few)).abs().sum().item()
-            tokens += len(base)
-        to_policy = gap[-tokens:].sum().item()
+            to_base = (base.cpu() - sampled_logprobs(few)).abs()  # (N,)
+            gap, to_policy = gap.split([len(gap) - len(base), len(base)])
+            self.compared += torch.tensor([len(base), to_policy.sum(), to_base.sum()])
+        tokens, to_policy, to_base = self.compared.tolist()
+        if tokens < TOKENS_TO_DECIDE:  # go on in the next step
+            return
+        self.compared.zero_()
         self.adapter_arrived = to_base > 2 * to_policy
         if to_policy > 2 * to_base:
             fail("the sampler answers as the base model does: the adapter did not reach it")

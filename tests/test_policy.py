@@ -499,20 +499,19 @@ def test_small_micro_batches_do_not_keep_the_check_open(learner, answers, budget
     refused_untouched(ours, lost, "adapter did not reach")
 
 
-def test_a_step_of_few_tokens_decides_nothing(learner, answers):
-    model, rollouts = learner("toy", "bfloat16", 2e-3), answers(0)[:30]
-    few = torch.tensor([0.0] * 16 + [1.0] * 14)
-    count = sum(len(rollout.completion_ids) for rollout in rollouts[16:])
-    assert count < policy.TOKENS_TO_DECIDE
+def test_the_check_gathers_its_tokens_over_steps(learner, answers):
+    model, rollouts = learner("toy", "bfloat16", 2e-3), answers(0)[16:30]
+    count = sum(len(rollout.completion_ids) for rollout in rollouts)
+    assert policy.TOKENS_TO_DECIDE / 2 <= count < policy.TOKENS_TO_DECIDE
     sound, lost = (sampled_by(model, rollouts, 5e-3, lost=lost) for lost in (False, True))
     ours, theirs = adam(model, lr=0.0), adam(model, lr=0.0)
-    ours.update(sound, few)
-    theirs.update(lost, few)
+    ours.update(sound, torch.ones(14))
+    theirs.update(lost, torch.ones(14))
     assert not ours.adapter_arrived
-    ours.update(sound, torch.ones(30))
+    ours.update(sound, torch.ones(14))
     assert ours.adapter_arrived
     with pytest.raises(UserError, match="adapter did not reach"):
-        theirs.update(lost, torch.ones(30))
+        theirs.update(lost, torch.ones(14))
 
 
 def test_the_check_of_the_sampler_needs_no_more_memory_than_learning(learner, monkeypatch):
