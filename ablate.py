@@ -158,7 +158,7 @@ def result(folder: Path) -> tuple | None:
     evals, metrics = ([row for _, row in cli.read_rows(folder / name, appended=True)]
                       for name in ("evals.jsonl", "metrics.jsonl"))
     config = read_config(folder)
-    done = evals and evals[-1]["step"] == config["flags"]["steps"]
+    done = config and evals and evals[-1]["step"] == config["flags"]["steps"]
     return (evals, metrics, config) if done else None
 
 
@@ -207,8 +207,9 @@ def report(name: str, results: dict, failed: list[str], out: Path) -> str:
     """Levels, changes and verdicts of results {setting: [result]}; a figure."""
     question, settings = EXPERIMENTS[name]
     parts = [f"## {name}", question, *failed]
-    if not results:
-        return "\n\n".join([*parts, "No setting is done."])
+    if (reference := next(iter(settings))) not in results:
+        parts.append(f"{reference}, which all are held against, is not done.")
+        return "\n\n".join(parts)
     versions = {str((evals[-1]["ids"], config["git_commit"]))
                 for each in results.values() for evals, _, config in each}
     if len(versions) > 1:
@@ -222,14 +223,12 @@ def report(name: str, results: dict, failed: list[str], out: Path) -> str:
     if name in ("alignment", "graded"):
         parts.append(diagonal(curve_of("before", results[first.name], 0), curves, settings))
     k = min(8, first.ks[-1])
-    parts += [f"Each seed by itself, {first.metric}@{k}:", "```"]
-    for curve in curves:
-        each = " ".join(f"{mean:.3f}" for mean in each_seed(curve, k))
-        parts[-1] += f"\n{curve.name:28s} {each}"
-    parts[-1] += "\n```"
+    each = [f"{curve.name:28s} " + " ".join(f"{mean:.3f}" for mean in each_seed(curve, k))
+            for curve in curves]
+    parts += [f"Each seed by itself, {first.metric}@{k}:", "\n".join(["```", *each, "```"])]
     parts.append(f"{len(first.values)} seed(s); {', '.join(LATE.values())}: the last quarter "
                  f"of training. `python ablate.py {' '.join(sys.argv[1:])}`")
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def each_seed(curve: Curve, k: int) -> list[float]:
@@ -239,17 +238,23 @@ def each_seed(curve: Curve, k: int) -> list[float]:
 def draw(curves: list[Curve], path: Path) -> None:
     """The curves, where they are few, else each seed at k = 1; each seed at k = 8."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for axes, k in zip(figure.subplots(1, 2), (1, min(8, curves[0].ks[-1]))):
-        if k == 1 and len(curves) <= 5:
-            evaluate.draw_curves(axes, curves)
-            continue
-        for i, curve in enumerate(curves):  # a row per setting, a marker per seed
-            [look], seeds = evaluate.looks_of([curve.name]), each_seed(curve, k)
-            axes.plot(seeds, [-i] * len(seeds), **{**look, "linestyle": "none"})
-        axes.set(title=f"each seed by itself: {curves[0].metric}@{k}")
-        axes.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])
-        axes.grid(alpha=0.3)
+    left, right = figure.subplots(1, 2)
+    if len(curves) <= 5:
+        evaluate.draw_curves(left, curves)
+    else:
+        draw_seeds(left, curves, 1)
+    draw_seeds(right, curves, min(8, curves[0].ks[-1]))
     figure.savefig(path, dpi=130)
+
+
+def draw_seeds(axes, curves: list[Curve], k: int) -> None:
+    """A row per setting, a marker per seed."""
+    for i, curve in enumerate(curves):
+        [look], seeds = evaluate.looks_of([curve.name]), each_seed(curve, k)
+        axes.plot(seeds, [-i] * len(seeds), **{**look, "linestyle": "none"})
+    axes.set(title=f"each seed by itself: {curves[0].metric}@{k}")
+    axes.set_yticks([-i for i in range(len(curves))], [curve.name for curve in curves])
+    axes.grid(alpha=0.3)
 
 
 def main(argv=None) -> None:
@@ -269,7 +274,7 @@ def main(argv=None) -> None:
         results, failed = {}, []
         for label in chosen[name]:
             found = {folder: result(folder) for folder in cells[name, label]}
-            failed += [f"- {label}: {folder.name} failed, {reasons.get(folder)}"
+            failed += [f"- {label} is left out: {folder.name} failed, {reasons.get(folder)}"
                        for folder in found if not found[folder]]
             if all(found.values()):
                 results[label] = [*found.values()]

@@ -194,14 +194,15 @@ def table(curves: list[Curve], title: str = "", comparisons: int = 1) -> str:
         cells[row["metric"]] = cell(row)
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     width = max(len(shorten(title)), *(len(cells[""]) for cells in found.values()))
-    size = (100 - width) // 14
+    wide = 2 + max(len(cell(row)) for row in rows)
+    size = max(1, (100 - width) // wide)
     for part in (metrics[i:i + size] for i in range(0, len(metrics), size)):
         heads = {"": shorten(title), **{name: f"{name} " for name in part}}
+        lines += [""] * bool(lines)
         for cells in (heads, *found.values()):
             if cells.keys() & {*part}:
-                texts = (f"{cells.get(name, '- '):>14}" for name in part)
+                texts = (f"{cells.get(name, '- '):>{wide}}" for name in part)
                 lines.append(f"{cells['']:{width}}" + "".join(texts))
-        lines.append("")
     counts = ", ".join(dict.fromkeys(str(len(curve.problems)) for curve in curves))
     lines.append(f"95 % intervals (their wider side) over {counts} problems")
     if any(row["minus"] for row in rows):
@@ -231,15 +232,17 @@ def cell(row: dict) -> str:
 
 def looks_of(names: list[str]) -> list[dict]:
     """How each curve is drawn: as its method is everywhere, else as is left."""
-    looks = []
+    looks = {}
     for name in names:
         k = re.search(r"(?:k = |Max@)(\d+)", name)
         wanted = "group max" if "group" in name else f"k = {k[1]}" if k else name
-        if wanted not in LOOKS or wanted in looks:
-            wanted = next((look for look in LOOKS if look not in looks), "before")
-        looks.append(wanted)
+        if wanted in LOOKS.keys() - looks.values():
+            looks[name] = wanted
+    left = [look for look in LOOKS if look not in looks.values()] or list(LOOKS)
+    others = [name for name in names if name not in looks]
+    looks |= {name: left[i % len(left)] for i, name in enumerate(others)}
     keys = "color", "marker", "linestyle"
-    return [dict(zip(keys, LOOKS[look]), markersize=4) for look in looks]
+    return [dict(zip(keys, LOOKS[looks[name]]), markersize=4) for name in names]
 
 
 def draw_curves(axes, curves: list[Curve]) -> None:
@@ -297,32 +300,39 @@ def running_mean(values, size: int = 10) -> list[float]:
 
 def read_samples(path: Path) -> Samples:
     """A samples file; problems and gold answers are those of the data as it is now."""
-    settings, problems, groups = None, [], []
+    settings, problems, groups, mended = None, [], [], 0
     for number, row in cli.read_rows(path):
         where = f"{path}, line {number}"
         try:
             head = {name: row[name] for name in sample.HEAD}
             group = [Answer(each["text"], bool(each["finished"])) for each in row["answers"]]
+            if None in (head[name] for name in SHARED if name != "limit"):
+                raise TypeError("a setting is null")
             if not settings:
-                problems = tasks.load_problems(str(head["data"]), head["limit"])
-                settings = {**head, "data_digest": cli.digest(problems)}
+                settings, data = head, str(head["data"])
+                problems = tasks.load_problems(data, head["limit"])
         except (KeyError, TypeError) as error:
             cli.fail(f"{where}: not a row of sample.py ({type(error).__name__}: {error})")
-        due = problems[len(groups)].id if len(groups) < len(problems) else None
-        for name, value in {**settings, "id": due}.items():
-            if row.get(name) != value:
-                cli.fail(f"{where}: {name} is {row.get(name)!r}, but {value!r} in the first "
-                         f"line or in {row['data']} as it is now: sample it again")
-        if len(group) != row["n"] or not all(isinstance(each.text, str) for each in group):
-            cli.fail(f"{where}: not n = {row['n']} texts")
+        for name, value in settings.items():
+            if head[name] != value:
+                cli.fail(f"{where}: {name} is {head[name]!r}, but {value!r} in the first line")
+        if head["data_digest"] != tasks.digest_of(problems):
+            cli.fail(f"{where}: {data} asks something else now: sample it again")
+        if row.get("id") not in [p.id for p in problems[len(groups):][:1]]:
+            cli.fail(f"{where}: the id {row.get('id')!r} is not the next one of {data}")
+        if len(group) != head["n"] or not all(isinstance(each.text, str) for each in group):
+            cli.fail(f"{where}: not n = {head['n']} texts")
+        mended += row.get("answer") != problems[len(groups)].answer
         groups.append(group)
     if not groups:
         cli.fail(f"samples file {path} holds no samples")
+    if mended:
+        print(f"{path}: {mended} gold answers have changed in {data} since: graded as now")
     return Samples(problems[:len(groups)], groups, settings)
 
 
-def settle(args) -> tuple[dict[str, argparse.Namespace], dict[str, Samples]]:
-    """Settings per --model entry, and the samples of those that are files.
+def settle(args) -> tuple[dict, dict]:
+    """Settings of each --model, and the samples of those that are files.
 
     In SHARED all are alike: as the flags say, else as files and runs were sampled;
     the other models follow. UserError before anything is sampled.
@@ -367,12 +377,13 @@ def names_of(sources: list[str]) -> dict[str, str]:
 
 def describe(source: str) -> str:
     """"RSPO k = 8, step 40 of 400" of a run or one of its checkpoints, else its name."""
-    if not (flags := run.flags_of(source)):
+    flags = run.flags_of(source)
+    checkpoint = flags and run.resolve_model(source)[1].name
+    if not flags or not re.fullmatch(r"step_\d+", checkpoint):
         return Path(source).name
     method = flags["objective"]
     method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(method, method)
-    step = run.resolve_model(source)[1].name.removeprefix("step_").lstrip("0")
-    return f"{method} k = {flags['k']}, step {step} of {flags['steps']}"
+    return f"{method} k = {flags['k']}, step {int(checkpoint[5:])} of {flags['steps']}"
 
 
 def sample_model(args) -> Samples:
@@ -388,7 +399,7 @@ def sample_model(args) -> Samples:
     return read_samples(path)
 
 
-def curve_of(samples: Samples, name: str, ks: tuple[int, ...] | None) -> Curve:
+def curve_of(samples: Samples, name: str, ks: tuple | None) -> Curve:
     """Curve of samples, graded now."""
     problems, groups, _ = samples
     rewards, failures = tasks.grade_all(problems, groups)
@@ -419,7 +430,7 @@ def main(argv=None) -> None:
     k = run.flags_of(args.model[-1]).get("k", cli.SETTINGS["k"].default)
     sides = [(curve.name, curve.rows) for curve in curves]
     page.write(args.out.with_suffix(".html"), data, k, sides)
-    print(f"figure: {args.out}; beside it its numbers (.csv) and answers to read (.html)")
+    print(f"figure: {args.out}; beside it numbers (.csv) and answers to read (.html)")
 
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ def head_of(args, problems: list) -> dict:
     base, adapter = run.resolve_model(args.model)
     return {**{name: getattr(args, name) for name in SAMPLING},
             "checkpoint": adapter and adapter.name, "weights": weights_of(base, adapter),
-            "data_digest": cli.digest(problems)}
+            "data_digest": tasks.digest_of(problems)}
 
 
 def rows_done(path: Path, head: dict) -> int:
@@ -378,7 +378,7 @@ def sample_file(args, path: Path, problems: list) -> None:
 
 
 def ask(args) -> None:
-    """Print the answers to one question, the most frequent first, and one in full."""
+    """Print the answers to a question, the most frequent first, and one in full."""
     prompt = f"{args.ask}:" if tasks.split_name(args.data)[0] in tasks.GAMES else None
     problem = tasks.Problem("ask", args.ask, "", prompt=prompt)
     sampler, [problem] = open_sampler(args, [problem])

@@ -51,7 +51,7 @@ def train(args, run: Run, learner, sampler, problems: list, held_out: list) -> N
         clock.append(time.perf_counter())
 
         # which of them are right (as a noisy grader would say, with --flip)
-        rewards, failures = grade(batch, groups)  # (P, n)
+        rewards, failures = grade(step + 1, batch, groups)  # (P, n)
         noisy = flipped(rewards, args.flip, sample.stream(args.seed, "flip", step))  # (P, n)
         clock.append(time.perf_counter())
 
@@ -83,19 +83,19 @@ def evaluate_policy(args, run: Run, sampler, held_out: list) -> None:
     for block in sample.sample_blocks(sampler, held_out, args.eval_n, place, "evaluating"):
         groups += block
         run.stop_if_asked()
-    rewards, failures = grade(held_out, groups)  # (M, n)
-    few = slice(None, None, len(groups) // 8 or 1)
+    rewards, failures = grade(run.step, held_out, groups)  # (M, n)
+    few = slice(None, None, -(-len(groups) // 8))  # at most eight
     run.write("evals.jsonl", [{
         "step": run.step, "ids": [p.id for p in held_out], "rewards": rewards.tolist(),
         "grader_failures": failures,
         "samples": page.rows_of(held_out[few], groups[few], rewards[few].tolist())}])
 
 
-def grade(problems: list, groups) -> tuple[Tensor, int]:
+def grade(step: int, problems: list, groups) -> tuple[Tensor, int]:
     """Rewards (P, n) of rollouts [P][n], and how many answers the grader lost."""
     rewards, failures = tasks.grade_all(problems, groups)
     if failures:
-        tqdm.write(f"{failures} answers were not graded: they earn 0")
+        tqdm.write(f"step {step}: {failures} answers were not graded: they earn 0")
     rewards = torch.tensor(rewards)  # (P, n)
     for p, i in (~rewards.isfinite()).nonzero().tolist():
         raise policy.BadNumbers(f"a reward is {rewards[p, i].item()}", groups[p][i])
@@ -258,7 +258,7 @@ def check(args, graded: bool) -> None:
 
 
 def config_of(args, data: dict) -> dict:
-    """What config.json holds: settings, versions, git commit, digests of the data."""
+    """Of config.json: settings, versions, git commit, digests of the data."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
     used = {"torch", "transformers", "peft", "vllm"} & sys.modules.keys()
@@ -278,9 +278,11 @@ def main(argv=None) -> None:
         args.data, args.eval_data, args.limit)
     check(args, problems[0].graded)
     data = {"training": cli.digest(problems), "held-out": cli.digest(held_out)}
-    if run and read_config(args.run)["data"] != data:
-        cli.fail(f"--resume {args.run}: its problems have changed since it began; put them "
-                 "back or start a new run")
+    before = read_config(args.run)["data"] if run else data
+    for which, digest in data.items():
+        if before[which] != digest:
+            cli.fail(f"--resume {args.run}: its {which} problems have changed since it began; "
+                     "put them back or start a new run")
     model, tokenizer = policy.load_model(base, adapter, args.dtype, device, args.load_in_4bit)
     if not adapter:
         model = policy.add_lora(model, args.lora_rank, args.seed)

@@ -82,10 +82,12 @@ def parse(doc: str, settings: dict[str, Setting], argv=None):
         parser.add_argument(flag(name), help=text, **how)
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
-        name, _, value = word.lstrip("-").lower().replace("-", "_").partition("=")
+        name, _, value = word.lstrip("-").partition("=")
+        name = name.lower().replace("-", "_")
         if name in ("top_p", "top_k", "min_p"):
             fail(f"{word} is not for RSPO: its gradient is right only for the whole softmax")
-        near = nearest(flag(MEANT.get(name, name)), map(flag, settings), 0.75, value)
+        near = nearest(flag(MEANT.get(name, name)), map(flag, settings), 0.75)
+        near = near.replace("?", f" {value}?") if value else near
         fail(f"{word!r} is unknown{near}; see --help")
     for name, each in settings.items():
         value, least, most = getattr(args, name), each.least, each.most
@@ -124,10 +126,10 @@ def digest(what) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def nearest(name: str, known, cutoff: float = 0.65, value: str = "") -> str:
-    """", did you mean x?" where a known name is near, else ""; value: behind x."""
+def nearest(name: str, known, cutoff: float = 0.65) -> str:
+    """", did you mean x?" where a known name x is near, else ""."""
     near = difflib.get_close_matches(name, known, 1, cutoff)
-    return f", did you mean {near[0]} {value}".rstrip() + "?" if near else ""
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def run_script(main) -> None:
@@ -164,7 +166,7 @@ def read_rows(path: Path, appended: bool = False) -> list[tuple[int, dict]]:
         return []
     try:
         lines = path.read_bytes().decode().split("\n")  # texts may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         fail(f"file {path} cannot be read: {error}")
     rows = []
     for number, line in enumerate(lines[:-1] if appended else lines, 1):

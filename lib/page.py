@@ -17,9 +17,13 @@ PAGE, PROBLEM, SIDE, GROUP, TEXT = map(Template, re.split("<!-- next .*\n", TEMP
 
 def rows_of(problems, groups, rewards) -> list[dict]:
     """Problems with their answers and rewards, as in evals.jsonl."""
-    return [{"id": p.id, "task": p.task, "problem": p.question, "answer": p.answer, "answers": [
-        {"text": a.text, "finished": a.finished, "reward": r} for a, r in zip(group, values)]}
-            for p, group, values in zip(problems, groups, rewards)]
+    rows = []
+    for p, group, values in zip(problems, groups, rewards):
+        answers = [{"text": each.text, "finished": each.finished, "reward": reward}
+                   for each, reward in zip(group, values)]
+        rows.append({"id": p.id, "task": p.task, "problem": p.question,
+                     "answer": p.answer, "answers": answers})
+    return rows
 
 
 def write(path: Path, title: str, k: str, sides: list[tuple]) -> None:
@@ -38,7 +42,7 @@ def write(path: Path, title: str, k: str, sides: list[tuple]) -> None:
             answer=escape(row["answer"]),
             sides="".join(_side(name, rows[row["id"]]["answers"], k)
                           for name, rows in known if row["id"] in rows))
-    text = PAGE.substitute(title=escape(title), k=escape(k), problems=problems)
+    text = PAGE.substitute(title=escape(title), k=k, problems=problems)
     path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 

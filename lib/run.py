@@ -32,7 +32,7 @@ RUN_FLAGS = sorted(SETTINGS.keys() - {"run", "resume"})
 
 
 def resolve_model(name: str, seen=()) -> tuple[str, Path | None]:
-    """Base (folder or hub id) and adapter folder, if any, of what --model names."""
+    """Base (folder or hub id) and adapter folder, if any, that --model names."""
     folder = Path(name)
     if name == "toy":
         return str(TOY), None
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict | None:
     if not isinstance(config, dict) or not isinstance(flags := config.get("flags"), dict):
         return None
     if config.get("format") != FORMAT or sorted(flags) != RUN_FLAGS:
-        fail(f"run directory {folder} was written by another version of train.py")
+        fail(f"run directory {folder} is of another version of train.py: move it away")
     return config
 
 
@@ -208,7 +208,7 @@ class Run:
 
     @contextmanager
     def guarded(self, learner, problems: list):
-        """Around the loop: whatever ends it, all is saved and the way on said."""
+        """Around the loop: whatever ends it, the last step is saved and the way on said."""
         def note(number, frame):
             self.signal = number
             signal.signal(number, signal.SIG_DFL)

@@ -98,7 +98,7 @@ def load_problems(name_or_path: str, limit: int | None = None) -> list[Problem]:
 def split_name(name: str) -> list[str]:
     """"math:1-3:train" -> ["math", "1-3", "train"]; any other colon is the name's."""
     part = "(?:train|select|test|[1-9](?:-[1-9])?)"
-    return re.split(f":(?={part}(?::{part})*$)", name)
+    return re.split(rf"(?<=.):(?={part}(?::{part})*\Z)", name)
 
 
 def train_and_eval(data: str, eval_data: str | None, eval_limit: int | None):
@@ -172,6 +172,11 @@ def hashed(text: str) -> int:
     return int(cli.digest(text.encode())[:12], 16)
 
 
+def digest_of(problems: list[Problem]) -> str:
+    """Of what is asked, not of what is right: that is looked up when it is graded."""
+    return cli.digest([(p.id, p.question, p.prompt, p.level, p.task) for p in problems])[:16]
+
+
 @cache
 def normal(question: str) -> str:
     return " ".join(question.split()).lower()
@@ -196,7 +201,7 @@ def render(problem: Problem, tokenizer) -> str:
     return chat(problem.question if asked else f"{problem.question}\n{INSTRUCTION}")
 
 
-def encode(problems: list[Problem], tokenizer, config, max_new_tokens: int, all_of_them=True):
+def encode(problems: list, tokenizer, config, max_new_tokens: int, all_of_them=True):
     """The problems with their prompt_ids. UserError if the model cannot read one.
 
     all_of_them: else those too long for the model are left out, unless none remains.

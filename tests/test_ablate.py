@@ -178,7 +178,26 @@ def test_a_verdict_is_what_its_interval_says(monkeypatch):
 
 def test_without_a_finished_setting_there_is_nothing_to_report(tmp_path):
     text = ablate.report("alignment", {}, ["- why"], tmp_path)
-    assert "- why" in text and text.endswith("No setting is done.")
+    assert "- why" in text and "k = 1, which all are held against, is not done." in text
+
+
+def test_a_setting_with_a_failed_cell_is_left_out_whole(tmp_path, monkeypatch, capsys):
+    """Else the seed that broke down would be missing, and what is left look better."""
+    [[made]], missing = made_up({"any": 0.0}, S=1).values(), set()
+    monkeypatch.setattr(ablate, "result", lambda folder: None if folder in missing else made)
+    monkeypatch.setattr(ablate, "run_cells", lambda cells, workers: dict.fromkeys(cells, "why"))
+
+    def text_without(k, seed):
+        flags = ablate.settle(["alignment"])[4]
+        missing.add(ablate.cell({"k": k}, seed, flags, tmp_path)[0])
+        ablate.main(["alignment", "--seeds", "3", "--out", str(tmp_path)])
+        return capsys.readouterr().out
+    text = text_without(4, 32)
+    assert re.findall("- (k = .*) is left out: k-4_seed-32.* failed, why", text) == ["k = 4"]
+    shown = [k for k in KS if f"\nk = {k} " in text.split("```")[1]]
+    assert shown == [1, 2, 8, 16] and "3 seed(s)" in text
+    text = text_without(1, 31)  # the reference
+    assert "k = 1, which all are held against, is not done." in text and "+-" not in text
 
 
 @pytest.mark.parametrize("n", [4, 16])  # at n = 4 no estimate at 8 and 16 exists
@@ -259,7 +278,7 @@ def records(out):
 
 def test_a_failed_cell_harms_no_other_and_its_reason_is_in_the_report(grid):
     text = (grid / "alignment.md").read_text()
-    [reason] = re.findall("- k = 8: k-8_seed-31-.* failed, (.*)", text)
+    [reason] = re.findall("- k = 8 is left out: k-8_seed-31-.* failed, (.*)", text)
     assert "--k 8 --objective passk: k is 8, but must be a whole number with 1 <= k <= n" in reason
     assert list(changes_in(text)) == ["k = 2", "k = 4"]
     assert "over 4 problems" in text and (grid / "alignment.png").stat().st_size > 10_000

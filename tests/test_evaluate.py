@@ -237,7 +237,7 @@ def test_a_star_marks_changes_whose_interval_excludes_0():
                                        tuple("abcd"))
     base = flat("base", [.1, .5], [.2, .5], [.3, .5], [.4, .5])
     after = flat("run", [.3, .5], [.4, .875], [.5, .125], [.62, .5])
-    head, first, second, change, _, last = table([base, after]).splitlines()
+    head, first, second, change, last = table([base, after]).splitlines()
     assert head.split() == ["pass@1", "pass@2"]
     assert first.split() == ["base", ".250+-.457", ".500+-.332"]
     assert second.split() == ["run", ".455+-.366", ".500+-.415"]
@@ -262,7 +262,7 @@ LONG = "Qwen2.5-Math-1.5B-Instruct-passk-k8-20261125-013000-"
 @pytest.mark.parametrize("name, data, n, tokens", [
     ("{}", "math500", 64, 9.0), (LONG + "{}", "", 64, 9.0), ("{}-" + LONG, "math500", 64, 9.0),
     ("{}", "/home/someone/" + "a-long-folder/" * 6 + "x.jsonl", 64, 9.0),
-    ("sixteen-letters{}", "", 8, 300.0)])
+    ("sixteen-letters{}", "", 8, 3e4)])
 def test_the_table_has_at_most_100_columns_and_loses_no_number(name, data, n, tokens):
     ks = evaluate.powers_of_two(n)
     for count in (1, 2, 4):
@@ -316,6 +316,9 @@ def test_a_method_has_one_look_in_every_figure():
         assert len({look["marker"] for look in looks.values()}) == 7
     assert {k: evaluate.LOOKS[f"k = {k}"][0] for k in bandit.COLORS} == bandit.COLORS
     assert evaluate.looks_of(["k = 8", "k = 8, 5% flipped"])[0]["color"] == bandit.COLORS[8]
+    others = evaluate.looks_of(["toy", "another", "RSPO k = 1", "k = 8"])  # leave them theirs
+    assert [look["color"] for look in others[2:]] == [bandit.COLORS[1], bandit.COLORS[8]]
+    assert len({look["marker"] for look in others}) == 4
 
 
 @pytest.mark.parametrize("ks, metric, label", [
@@ -581,6 +584,10 @@ def test_a_problem_that_has_changed_is_noticed_and_sampled_again(go, tmp_path, l
     go(sample, *flags, "--out", out)
     before = out.read_text()
     write_data(data, **last)
+    if "answer" in last:  # what was drawn does not depend on it
+        assert "1 gold answers have changed" in go(
+            evaluate, *flags, "--out", tmp_path / "x.png")
+        return
     printed = go(evaluate, *flags, "--out", tmp_path / "x.png")
     assert "is sampled again: weights, settings or data changed" in printed
     with pytest.raises(UserError, match="was made with data_digest = .*line 1"):
@@ -588,7 +595,7 @@ def test_a_problem_that_has_changed_is_noticed_and_sampled_again(go, tmp_path, l
     assert out.read_text() == before
 
 
-def test_samples_of_data_that_have_changed_are_refused(go, tmp_path):
+def test_gold_answers_are_those_of_the_data_as_they_are_now(go, tmp_path):
     data, out = tmp_path / "data.jsonl", tmp_path / "s.jsonl"
     write_data(data)
     go(sample, "--data", data, *FROM_FILE, "--out", out)
@@ -599,9 +606,12 @@ def test_samples_of_data_that_have_changed_are_refused(go, tmp_path):
     flags = ["--model", out, "--out", tmp_path / "x.png"]
     go(evaluate, *flags)
     assert numbers(tmp_path / "x.csv")["s.jsonl", ""]["pass@1"][0] == 0
-    for last in CHANGES:
+    write_data(data, answer="2")
+    assert f"1 gold answers have changed in {data} since" in go(evaluate, *flags)
+    assert numbers(tmp_path / "x.csv")["s.jsonl", ""]["pass@1"][0] == pytest.approx(0.2)
+    for last in (change for change in CHANGES if "answer" not in change):
         write_data(data, **last)
-        with pytest.raises(UserError, match="line 1: data_digest is .* as it is now: sample"):
+        with pytest.raises(UserError, match=f"line 1: {data} asks something else now: sample it"):
             go(evaluate, *flags)
     data.unlink()
     with pytest.raises(UserError, match="data.jsonl cannot be read"):
@@ -657,8 +667,9 @@ FIRST, SECOND = DIVISORS = tasks.load_problems("divisor:test", 2)
 GOOD, LATER = ({
     "data": "divisor:test", "model": "toy", "n": 3, "temperature": 1.0, "max_new_tokens": 6,
     "sampler": "hf", "dtype": "float32", "load_in_4bit": False, "limit": 2, "seed": 0,
-    "checkpoint": None, "weights": "w", "data_digest": cli.digest(DIVISORS),
-    "id": p.id, "answers": [{"text": "7", "finished": True}] * 3} for p in DIVISORS)
+    "checkpoint": None, "weights": "w", "data_digest": tasks.digest_of(DIVISORS),
+    "id": p.id, "answer": p.answer, "answers": [{"text": "7", "finished": True}] * 3}
+    for p in DIVISORS)
 
 
 @pytest.mark.parametrize("bad", [
@@ -666,9 +677,10 @@ GOOD, LATER = ({
     *[json.dumps(LATER | change) for change in (
         {"answers": []}, {"answers": [{"text": "x"}] * 3}, {"answers": 5}, {"answers": ["x"] * 3},
         {"answers": [{"text": 5, "finished": True}] * 3}, {"n": 4}, {"data_digest": "0"},
-        {"answers": LATER["answers"][:2]}, {"id": "j"}, {"id": FIRST.id}, {"id": 5}, {"data": 5})],
+        {"answers": LATER["answers"][:2]}, {"id": "j"}, {"id": FIRST.id}, {"id": 5}, {"data": 5},
+        *({name: None} for name in evaluate.SHARED if name != "limit"))],
     *[json.dumps({name: value for name, value in LATER.items() if name != missing})
-      for missing in LATER]])
+      for missing in LATER.keys() - {"answer"}]])
 def test_a_broken_samples_file_is_refused_with_file_and_line(go, tmp_path, bad):
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join([json.dumps(GOOD), bad]))
@@ -681,12 +693,13 @@ def test_a_broken_samples_file_is_refused_with_file_and_line(go, tmp_path, bad):
 
 
 @pytest.mark.parametrize("content, said", [
+    (json.dumps(GOOD | {"temperature": None}).encode(), ", line 1: .* a setting is null"),
     (b"", "holds no samples"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read"),
     *[("\n".join(map(json.dumps, (GOOD, LATER | {key: "b"}))).encode(),
        f", line 2: {key} is 'b', but {GOOD[key]!r} in the first line")
       for key in sample.HEAD],
     ("\n".join(map(json.dumps, (GOOD, LATER, GOOD))).encode(),
-     f", line 3: id is '{FIRST.id}', but None in the first line or in divisor:test as it is now")])
+     f", line 3: the id '{FIRST.id}' is not the next one of divisor:test")])
 def test_an_empty_or_missing_or_mixed_samples_file_is_refused(tmp_path, content, said):
     if content is not None:
         (tmp_path / "s.jsonl").write_bytes(content)

@@ -419,7 +419,7 @@ def other_data(which):
     return change_config(lambda config: config["data"].update({which: "x"}))
 
 
-ANOTHER_VERSION = "run directory .* was written by another version of train.py"
+ANOTHER_VERSION = "run directory .* is of another version of train.py"
 REFUSED = {  # name: what happened to a finished run, what --resume says
     "no whole checkpoint": (no_whole_checkpoint, "no checkpoint of .* is whole"),
     "another base": (another_base, "step_000003 was written with another base model"),
@@ -429,7 +429,7 @@ REFUSED = {  # name: what happened to a finished run, what --resume says
     "next format": (change_config(lambda c: c.update(format=run.FORMAT + 1)), ANOTHER_VERSION),
     "a flag less": (change_config(lambda config: config["flags"].pop("flip")), ANOTHER_VERSION),
     "a flag more": (change_config(lambda c: c["flags"].update(keep=2)), ANOTHER_VERSION),
-    **{f"other {which} data": (other_data(which), "its problems have changed since")
+    **{f"other {which} data": (other_data(which), f"its {which} problems have changed since")
        for which in ("training", "held-out")},
     **{f"damaged {name}": (damaged_record(name), f"{name}, line 1: not a JSON object")
        for name in RECORDS},

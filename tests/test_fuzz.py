@@ -183,9 +183,9 @@ def test_what_is_infinite_equals_no_number():
 ROWS = [{"id": "a", "problem": "1 + 1?", "answer": "2", "level": 3, "prompt": "exactly"},
         {"problem": "Größe\u2028x?", "answer": 7}, {"problem": "p", "answer": [1]}]
 ASKED = tasks.load_problems("divisor", 2)
-OF_ALL = dict.fromkeys(sample.HEAD) | {
-    "data": "divisor", "n": 2, "limit": 2, "data_digest": cli.digest(ASKED)}
-SAMPLES = [{**OF_ALL, "id": p.id, "answers": [
+OF_ALL = dict.fromkeys(sample.HEAD, "x") | {
+    "data": "divisor", "n": 2, "limit": 2, "data_digest": tasks.digest_of(ASKED)}
+SAMPLES = [{**OF_ALL, "id": p.id, "answer": p.answer, "answers": [
     {"text": "3", "finished": True}, {"text": "\u2028", "finished": False}]} for p in ASKED]
 JSON = [*'{}[]",:\\ue0-+.', "null", "true", "NaN", "Infinity", "-1", "1e999", "9" * 5000,
         '"\\ud800"', '"../x"', "\\u0000", "[" * 3000, '{"a":' * 3000, "\n", "\r", "\u2028",

@@ -514,6 +514,28 @@ def test_the_check_gathers_its_tokens_over_steps(learner, answers):
         theirs.update(lost, torch.ones(14))
 
 
+def test_the_check_compares_the_same_tokens_with_policy_and_base(learner, answers):
+    """Here the short answers, scored first, are told exactly, and the long ones badly."""
+    model, rollouts = learner("toy", "bfloat16", 2e-3), told(learner("toy", "bfloat16", 2e-3),
+                                                            answers(0))
+    order = sorted(range(len(rollouts)), key=lambda i: policy.length(rollouts[i]))
+    badly = sampled_by(model, rollouts, 0.05)
+    mixed = [rollouts[i] if rank < len(order) * 3 // 4 else badly[i]
+             for rank, i in enumerate(order)]
+    ours = adam(model, lr=0.0, micro_batch_tokens=1)
+    ours.update(mixed, torch.ones(len(mixed)))
+    assert ours.adapter_arrived
+
+
+@pytest.mark.parametrize("at, told_apart", [(0, True), (63, True), (64, False)])
+def test_a_base_is_told_by_how_each_weight_begins(at, told_apart):
+    model = policy.load_model(str(run.TOY))[0]
+    before = policy.fingerprint(model)
+    with torch.no_grad():
+        next(model.parameters()).flatten()[at] += 1
+    assert (policy.fingerprint(model) != before) == told_apart
+
+
 def test_the_check_of_the_sampler_needs_no_more_memory_than_learning(learner, monkeypatch):
     ours, sizes = adam(learner(), micro_batch_tokens=50), starve(monkeypatch, "forward", [])
     step(ours, make_rollouts(20), torch.ones(20))

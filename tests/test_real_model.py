@@ -42,11 +42,12 @@ def write(folder, phase, arm, rate, seed, texts, steps=STEPS):
     data = folder / "numbers.jsonl"
     cli.write_rows(data, [{"id": number, "problem": number, "answer": number, "task": "divisor"}
                           for number in NUMBERS], "w")
-    head = dict.fromkeys(sample.HEAD) | {
-        "data": str(data), "n": 16, "data_digest": cli.digest(tasks.load_problems(str(data)))}
+    head = dict.fromkeys(sample.HEAD, "x") | {
+        "data": str(data), "n": 16, "limit": None,
+        "data_digest": tasks.digest_of(tasks.load_problems(str(data)))}
     answers = [{"text": text, "finished": text != "-"} for text in texts]
     cli.write_rows(path.with_name(path.name + ".jsonl"), [
-        {**head, "id": number, "answers": answers} for number in NUMBERS])
+        {**head, "id": number, "answer": number, "answers": answers} for number in NUMBERS])
 
 
 @pytest.fixture

@@ -305,8 +305,9 @@ def test_answers_with_odd_line_ends_are_read_back(tmp_path):
     data = tmp_path / "d.jsonl"
     cli.write_rows(data, [{"id": "i", "problem": "p\u2029q", "answer": "1"}])
     [p] = tasks.load_problems(str(data))
-    row = dict.fromkeys(sample.HEAD) | {"data": str(data), "data_digest": cli.digest([p])}
-    cli.write_rows(tmp_path / "s.jsonl", [row | {"id": "i", "n": 4, "answers": answers}])
+    row = dict.fromkeys(sample.HEAD, "x") | {
+        "data": str(data), "n": 4, "limit": None, "data_digest": tasks.digest_of([p])}
+    cli.write_rows(tmp_path / "s.jsonl", [row | {"id": "i", "answer": "1", "answers": answers}])
     [problem], [group], _ = evaluate.read_samples(tmp_path / "s.jsonl")
     assert problem == p == tasks.Problem("i", "p\u2029q", "1")
     assert [answer.text for answer in group] == texts
@@ -432,7 +433,9 @@ def test_without_the_packages_a_script_says_what_to_install(name):
     ("--learning-rate", "--lr"), ("--batch-size", "--prompts"), ("--output-dir", "--run"),
     ("--group-size", "--n"), ("--num-generations", "--n"), ("--epochs", "--steps"),
     ("--Learning_Rate", "--lr"), ("--LR", "--lr"), ("--baseline", "--objective"),
-    ("k=8", "--k 8"), ("--K=8", "--k 8"), ("N=4", "--n 4"), ("batch_size=4", "--prompts 4"),
+    ("k=8", "--k 8"), ("--K=8", "--k 8"), ("--learning-rate=1e-4", "--lr 1e-4"),
+    ("--modl=Qwen2.5-Math-1.5B", "--model Qwen2.5-Math-1.5B"),
+    ("N=4", "--n 4"), ("batch_size=4", "--prompts 4"),
     ("--batch-size=4", "--prompts 4")])
 def test_what_others_call_a_flag_is_answered_with_ours(word, hint):
     argv = [word, *([] if "=" in word else ["1"])]

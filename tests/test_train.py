@@ -435,7 +435,7 @@ def test_a_run_does_not_go_on_with_changed_data(monkeypatch, tmp_path, which, na
     train.main(["--resume", str(folder)])
     files[name][0] = replace(files[name][0], **{change: getattr(other, change)})
     monkeypatch.setattr(policy, "load_model", lambda *_, **__: pytest.fail("refused too late"))
-    with pytest.raises(UserError, match="its problems have changed since it began"):
+    with pytest.raises(UserError, match=f"its {which} problems have changed since it began"):
         train.main(["--resume", str(folder)])
 
 
@@ -448,14 +448,15 @@ def test_the_toy_stays_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, tmp_path)
     assert devices == ["cpu"] and (flags["sampler"], flags["dtype"]) == ("hf", "float32")
 
 
-def test_held_out_answers_that_the_grader_lost_are_counted_and_said(
+def test_answers_that_the_grader_lost_are_counted_and_said(
         monkeypatch, tmp_path, capsys):
     grade_all = tasks.grade_all
     monkeypatch.setattr(tasks, "grade_all", lambda problems, groups: (
-        grade_all(problems, groups)[0], 2 * (len(problems) == 4)))
+        grade_all(problems, groups)[0], 1 + (len(problems) == 4)))
     folder = go(tmp_path / "run", "--steps", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "not graded" in line]
-    assert said == ["2 answers were not graded: they earn 0"] * 2
+    assert said == [f"step {step}: {count} answers were not graded: they earn 0"
+                    for step, count in ((0, 2), (1, 1), (1, 2))]
     assert [row["grader_failures"] for row in rows(folder / "evals.jsonl")] == [2, 2]
 
 
