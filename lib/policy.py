@@ -260,6 +260,7 @@ class Learner:
             self.named.values(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
         self.temperature, self.cap = temperature, cap
         self.micro_batch_tokens = micro_batch_tokens
+        self.recomputes = model.is_gradient_checkpointing  # asking takes a millisecond
         self.adapter_arrived = False  # the sampler was seen to use it
         self.compared = torch.zeros(3)  # tokens, their gap to policy and base
 
@@ -299,8 +300,8 @@ class Learner:
     def _gradient(self, kept: dict, samples: int) -> Tensor:
         """Leave the gradient of these rollouts with their weights. -> gap (N,)."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.model.is_gradient_checkpointing:
-            self.model.train()  # only then does it recompute
+        if self.recomputes:
+            self.model.train()  # only then does it
         gaps = []
         for batch in micro_batches(list(kept), self.micro_batch_tokens):
             logprobs, row = token_logprobs(self.model, batch, self.temperature)
