@@ -187,10 +187,10 @@ class Run:
             if state.get("base") != fingerprint(learner.model):
                 fail(f"checkpoint {checkpoint} was written with another base model")
             set_peft_model_state_dict(learner.model, load_file(checkpoint / WEIGHTS))
-            moments = load_file(checkpoint / MOMENTS, str(learner.model.device))
-            for key, value in moments.items():
+            for key, value in load_file(checkpoint / MOMENTS).items():
                 name, kind = key.rsplit(":", 1)
-                learner.optimizer.state[learner.named[name]][kind] = value
+                parameter = learner.named[name]
+                learner.optimizer.state[parameter][kind] = value.to(parameter.device)
             self.step = int(checkpoint.name[5:])
         elif any(self.folder.glob("step_*")):
             fail(f"no checkpoint of {self.folder} is whole: give another --run")

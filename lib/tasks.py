@@ -243,7 +243,7 @@ def composites() -> list[int]:
 
 
 def grade_divisor(text: str, answer: str, graded: bool = False) -> float:
-    """1.0 if text is a divisor of the number `answer`, but 1 and itself, else 0.0."""
+    """1.0 if text is a divisor of the number `answer`, not 1 or itself, else 0.0."""
     number, text = int(answer), text.strip()
     d = int(text) if re.fullmatch("[1-9][0-9]{0,14}", text) else 1
     if not 1 < d < number or number % d:
