@@ -32,9 +32,9 @@ import argparse
 import csv
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import cycle
 from statistics import fmean
 from typing import NamedTuple
 
@@ -190,7 +190,10 @@ def table(curves: list[Curve], title: str = "", comparisons: int = 1) -> str:
     """At most 100 columns: a line per curve, its change against the first below."""
     rows, lines, found = summary(curves, comparisons), [], {}
     for row in rows:  # its label, under "", and its cells by metric
-        cells = found.setdefault((row["model"], row["minus"]), {"": label(row)})
+        model, minus = row["model"], row["minus"]
+        change = f"  minus {shorten(minus)} ({row['problems']} problems)"
+        label = change if minus else shorten(model)
+        cells = found.setdefault((model, minus), {"": label})
         cells[row["metric"]] = cell(row)
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     width = max(len(shorten(title)), *(len(cells[""]) for cells in found.values()))
@@ -216,11 +219,6 @@ def shorten(text: str) -> str:
     return text if len(text) <= 34 else f"...{text[-31:]}"
 
 
-def label(row: dict) -> str:
-    change = f"  minus {shorten(row['minus'])} ({row['problems']} problems)"
-    return change if row["minus"] else shorten(row["model"])
-
-
 def cell(row: dict) -> str:
     """.479+-.049; a change has a sign, and a star where its interval excludes 0."""
     mean, sign = row["mean"], "+" if row["minus"] else ""
@@ -238,11 +236,10 @@ def looks_of(names: list[str]) -> list[dict]:
         wanted = "group max" if "group" in name else f"k = {k[1]}" if k else name
         if wanted in LOOKS.keys() - looks.values():
             looks[name] = wanted
-    left = [look for look in LOOKS if look not in looks.values()] or list(LOOKS)
-    others = [name for name in names if name not in looks]
-    looks |= {name: left[i % len(left)] for i, name in enumerate(others)}
+    left = cycle([look for look in LOOKS if look not in looks.values()] or LOOKS)
+    drawn = [LOOKS[looks.get(name) or next(left)] for name in names]
     keys = "color", "marker", "linestyle"
-    return [dict(zip(keys, LOOKS[looks[name]]), markersize=4) for name in names]
+    return [dict(zip(keys, look), markersize=4) for look in drawn]
 
 
 def draw_curves(axes, curves: list[Curve]) -> None:
@@ -350,47 +347,44 @@ def settle(args) -> tuple[dict, dict]:
             vars(entries[source]).update(files[source].settings)
         else:
             sample.settle(entries[source])
-    own = [each for each in entries if each in files or run.flags_of(each)] or entries
+    own = [each for each in entries if each in files or run.flags_of(each)] or [*entries]
     for name in SHARED:
-        values = {each: getattr(entries[each], name) for each in own}
-        if getattr(args, name) is not None:
-            values = {"the command line": getattr(args, name), **values}
-        first, value = next(iter(values.items()))
-        for other, differs in values.items():
-            if differs != value:
+        first, value = "the command line", getattr(args, name)
+        if value is None:
+            first, value = own[0], getattr(entries[own[0]], name)
+        for source, entry in entries.items():
+            differs = getattr(entry, name)
+            if source in own and differs != value:
                 cli.fail("what is compared must be sampled alike, but "
-                         f"{name} is {value!r} in {first} and {differs!r} in {other}")
-        for source in entries.keys() - files.keys():
-            setattr(entries[source], name, value)
-    for source, entry in entries.items():
-        check_ks(args.k or (1,), entry.n, source)
+                         f"{name} is {value!r} in {first} and {differs!r} in {source}")
+            setattr(entry, name, value)
+    check_ks(args.k or (1,), entries[own[0]].n, own[0])
     return entries, files
 
 
 def names_of(sources: list[str]) -> dict[str, str]:
     """What tables and legends call them: what they are, where that differs."""
-    names = {source: describe(source) for source in sources}
-    counts = Counter(names.values())
-    return {source: source if counts[name] > 1 else name
-            for source, name in names.items()}
+    names = [describe(source) for source in sources]
+    return {source: name if names.count(name) == 1 else source
+            for source, name in zip(sources, names)}
 
 
 def describe(source: str) -> str:
-    """"RSPO k = 8, step 40 of 400" of a run or one of its checkpoints, else its name."""
+    """"RSPO k = 8, step 40 of 400" of a run or checkpoint, else its name."""
     flags = run.flags_of(source)
-    checkpoint = flags and run.resolve_model(source)[1].name
-    if not flags or not re.fullmatch(r"step_\d+", checkpoint):
+    adapter = flags and run.resolve_model(source)[1]
+    step = adapter and re.fullmatch(r"step_0*(\d+)", adapter.name)
+    if not step:
         return Path(source).name
     method = flags["objective"]
     method = {"passk": "RSPO", "maxk": "RSPO max@k"}.get(method, method)
-    return f"{method} k = {flags['k']}, step {int(checkpoint[5:])} of {flags['steps']}"
+    return f"{method} k = {flags['k']}, step {step[1]} of {flags['steps']}"
 
 
 def sample_model(args) -> Samples:
     """Samples of a model, from a file beside the figure."""
     problems = tasks.load_problems(args.data, args.limit)
-    names = Path(args.model).name, Path(args.data).name
-    stem = "-".join(re.sub(r"[^\w.]", "-", name) for name in names)
+    stem = re.sub(r"[^\w.]", "-", f"{Path(args.model).name}-{Path(args.data).name}")
     folder = args.out.with_suffix("")
     path = folder / f"{stem}-{cli.digest(sample.head_of(args, problems))[:8]}.jsonl"
     if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):

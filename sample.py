@@ -78,19 +78,17 @@ class HFSampler:
         groups = [[] for _ in prompts]
         waiting = [i for i in range(len(prompts)) for _ in range(n)]
         waiting.sort(key=lambda i: -len(prompts[i]))  # little padding
-        head = self.model.get_output_embeddings()
-        most = policy.LOGITS_AT_ONCE // head.weight.shape[0]
+        most = policy.LOGITS_AT_ONCE // len(self.model.get_output_embeddings().weight)
         while waiting:
             tokens = len(prompts[waiting[0]]) + self.max_new_tokens
             batch = waiting[:max(1, min(most, CACHE_TOKENS // tokens))]
             waiting = waiting[len(batch):]
-            with policy.precision(self.model):  # as the learner computes
+            with torch.no_grad(), policy.precision(self.model):  # as the learner computes
                 answers = self._decode(prompts, batch, randomness)
             for i, rollout in zip(batch, answers):
                 groups[i].append(rollout)
         return groups
 
-    @torch.no_grad()
     def _decode(self, prompts, batch: list[int], randomness) -> list[Rollout]:
         """An answer to prompts[i] for each i of the batch."""
         asked = list(dict.fromkeys(batch))
@@ -100,50 +98,44 @@ class HFSampler:
         mask, ids = (ids >= 0).long(), ids.clamp(min=0)  # (P, L), (P, L)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (P, L)
 
-        # Equal answers share a row: S different texts, first the prompts. (Were
-        # logits_to_keep a number, a CPU would copy the head once per prompt.)
-        read = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
-                          position_ids=positions, logits_to_keep=tensor([-1]))
-        cache, logits, position = read.past_key_values, read.logits, positions[:, -1:]
-        text = tensor([asked.index(i) for i in batch])  # (R,)  of each answer
-
-        stops = tensor(self.stops)
+        # Equal answers share a row: S different texts, first the prompts.
+        text = tensor([asked.index(i) for i in batch])  # (R,)
+        cache, stops = None, tensor(self.stops)
+        last = tensor([-1])  # for a number, a CPU would copy the head once per prompt
         rows = tensor(range(len(batch)))  # (R,)
         drawn = stops.new_full((len(rows), self.max_new_tokens), self.stops[0])
         logprobs = torch.zeros_like(drawn, dtype=torch.float)  # (R, T)
         for t in range(self.max_new_tokens):
-            logp = (logits[:, -1].float() / self.temperature).log_softmax(-1)  # (S, V)
+            read = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions,
+                past_key_values=cache, use_cache=True, logits_to_keep=last)
+            cache, logits = read.past_key_values, read.logits[:, -1].float()
+            logp = (logits / self.temperature).log_softmax(-1)  # (S, V)
             if logp[:, 0].isnan().any():  # one bad logit makes all NaN
                 raise policy.BrokenPolicy(NOT_FINITE)
             token = logp.exp()[text].multinomial(1, generator=randomness)[:, 0]  # (R,)
             drawn[rows, t], logprobs[rows, t] = token, logp[text, token]
             alive = ~torch.isin(token, stops)  # (R,)
-            if t + 1 == self.max_new_tokens or not alive.any():
+            if not alive.any():
                 break
             rows, size = rows[alive], logp.shape[-1]
             grown = (text * size + token)[alive]  # (R,)  text and token as one
             grown, text = grown.unique(return_inverse=True)  # (S,), (R,)
-            before, token = grown // size, grown % size  # (S,), (S,)
+            before, ids = grown // size, grown[:, None] % size  # (S,), (S, 1)
             if not torch.equal(before, torch.arange(len(mask), device=before.device)):
                 cache.reorder_cache(before)  # some part, and finished ones leave
-                mask, position = mask[before], position[before]
-            mask = pad(mask, (0, 1), value=1)  # (S, L + t + 1)
-            position = position + 1
-            logits = self.model(
-                input_ids=token[:, None], attention_mask=mask, position_ids=position,
-                past_key_values=cache, use_cache=True).logits  # (S, 1, V)
+            mask = pad(mask[before], (0, 1), value=1)  # (S, L + t + 1)
+            positions = positions[before, -1:] + 1  # (S, 1)
         return [make_rollout(prompts[i], *answer, self.stops, self.decode)
                 for i, *answer in zip(batch, drawn.tolist(), logprobs.tolist())]
 
 
 def make_rollout(prompt, ids, logprobs, stops, decode) -> Rollout:
     """Of what was drawn; behind its first end token it is padding."""
-    end = next((i for i, token in enumerate(ids) if token in stops), None)
-    finished = end is not None
-    ids = tuple(ids[:end + 1] if finished else ids)
-    logprobs = tuple(logprobs[:len(ids)])
-    said = ids[:-1] if finished else ids
-    return Rollout(tuple(prompt), ids, logprobs, decode(said), finished)
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    whole, logprobs = tuple(ids[:end + 1]), tuple(logprobs[:end + 1])
+    text = decode(whole[:end])
+    return Rollout(tuple(prompt), whole, logprobs, text, end < len(ids))
 
 
 class VLLMSampler:
@@ -208,8 +200,7 @@ class VLLMSampler:
             results = self.engine.generate(
                 asked, settings, lora_request=self.adapter, use_tqdm=False)
         except Exception as error:  # a dead engine raises many kinds
-            said = f"{type(error).__name__}: {error}"
-            cli.fail(f"vLLM stopped working ({said})")
+            cli.fail(f"vLLM stopped working ({type(error).__name__}: {error})")
         groups = []
         for prompt, result in zip(prompts, results):
             answers = sorted(result.outputs, key=lambda each: each.index)
@@ -250,11 +241,11 @@ def pick_sampler(wanted: str, dtype: str) -> str:
         cli.fail("--sampler vllm: vLLM is not installed (requirements.txt); take hf")
     if wanted == "vllm" and on_gpu and dtype == "float32":
         cli.fail("--dtype float32: vLLM's adapters have 16 bits; take --sampler hf")
-    if wanted != "auto" or not on_gpu:
-        return wanted.replace("auto", "hf")
-    if not installed:
+    if wanted != "auto":
+        return wanted
+    if on_gpu and not installed:
         print("vLLM is not installed: sampling in plain PyTorch, which is slower")
-    return "vllm" if installed and dtype != "float32" else "hf"
+    return "vllm" if on_gpu and installed and dtype != "float32" else "hf"
 
 
 def make_sampler(args, model, tokenizer, problems: list, folder: Path, gpu_memory):
@@ -320,13 +311,12 @@ def weights_of(base: str, adapter: Path | None) -> str:
     """Digest of a checkpoint's checksums, or of its files' sizes and times."""
     known = [] if Path(base).is_dir() else [base]
     for folder in filter(None, (Path(base), adapter)):
-        files = [path for path in sorted(folder.glob("*"))
-                 if path.suffix in (".safetensors", ".json", ".jinja")]
-        if folder / "state.json" in files:
+        if (folder / "state.json").is_file():
             known.append((folder / "state.json").read_text())
         else:
             known += [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
-                      for path in files]
+                      for path in sorted(folder.glob("*"))
+                      if path.suffix in (".safetensors", ".json", ".jinja")]
     return cli.digest(known)[:16]
 
 
