@@ -659,6 +659,8 @@ def test_models_are_called_what_they_are_and_never_alike(tmp_path):
         "s/1.jsonl": "1.jsonl"}
     assert evaluate.names_of([c]) == {c: "groupmax k = 8:1, step 250 of 400"}
     assert evaluate.names_of([a, b]) == {a: a, b: b}
+    plain = str(shutil.copytree(run.TOY, tmp_path / "c" / "merged"))  # no checkpoint, but in a run
+    assert evaluate.names_of([plain]) == {plain: "merged"}
 
 
 # ---------------------------------------------------------------- 6. refusals
