@@ -296,7 +296,7 @@ def running_mean(values, size: int = 10) -> list[float]:
 # -------- the script
 
 def read_samples(path: Path) -> Samples:
-    """A samples file; problems and gold answers are those of the data as it is now."""
+    """A samples file, with problems and gold answers as the data holds them now."""
     settings, problems, groups, mended = None, [], [], 0
     for number, row in cli.read_rows(path):
         where = f"{path}, line {number}"
@@ -308,18 +308,19 @@ def read_samples(path: Path) -> Samples:
             if not settings:
                 settings, data = head, str(head["data"])
                 problems = tasks.load_problems(data, head["limit"])
+                if head["data_digest"] != tasks.digest_of(problems):
+                    cli.fail(f"{where}: {data} asks something else now: sample it again")
         except (KeyError, TypeError) as error:
             cli.fail(f"{where}: not a row of sample.py ({type(error).__name__}: {error})")
         for name, value in settings.items():
             if head[name] != value:
                 cli.fail(f"{where}: {name} is {head[name]!r}, but {value!r} in the first line")
-        if head["data_digest"] != tasks.digest_of(problems):
-            cli.fail(f"{where}: {data} asks something else now: sample it again")
-        if row.get("id") not in [p.id for p in problems[len(groups):][:1]]:
+        problem = problems[len(groups)] if len(groups) < len(problems) else None
+        if not problem or row.get("id") != problem.id:
             cli.fail(f"{where}: the id {row.get('id')!r} is not the next one of {data}")
         if len(group) != head["n"] or not all(isinstance(each.text, str) for each in group):
             cli.fail(f"{where}: not n = {head['n']} texts")
-        mended += row.get("answer") != problems[len(groups)].answer
+        mended += row.get("answer") != problem.answer
         groups.append(group)
     if not groups:
         cli.fail(f"samples file {path} holds no samples")
@@ -382,14 +383,14 @@ def describe(source: str) -> str:
 
 
 def sample_model(args) -> Samples:
-    """Samples of a model, from a file beside the figure."""
+    """Samples of a model, in a file beside the figure."""
     problems = tasks.load_problems(args.data, args.limit)
     stem = re.sub(r"[^\w.]", "-", f"{Path(args.model).name}-{Path(args.data).name}")
-    folder = args.out.with_suffix("")
-    path = folder / f"{stem}-{cli.digest(sample.head_of(args, problems))[:8]}.jsonl"
+    folder, head = args.out.with_suffix(""), sample.head_of(args, problems)
+    path = folder / f"{stem}-{cli.digest(head)[:8]}.jsonl"
     if not path.exists() and any(folder.glob(f"{stem}-????????.jsonl")):
         print(f"{args.model} on {args.data} is sampled again: weights, settings or data changed")
-    sample.sample_file(args, path, problems)
+    sample.sample_file(args, path, problems, head)
     return read_samples(path)
 
 

@@ -101,7 +101,7 @@ class HFSampler:
         # Equal answers share a row: S different texts, first the prompts.
         text = tensor([asked.index(i) for i in batch])  # (R,)
         cache, stops = None, tensor(self.stops)
-        last = tensor([-1])  # for a number, a CPU would copy the head once per prompt
+        last = tensor([-1])  # a number would make a CPU copy the head per prompt
         rows = tensor(range(len(batch)))  # (R,)
         drawn = stops.new_full((len(rows), self.max_new_tokens), self.stops[0])
         logprobs = torch.zeros_like(drawn, dtype=torch.float)  # (R, T)
@@ -342,12 +342,11 @@ def rows_done(path: Path, head: dict) -> int:
     return len(rows)
 
 
-def sample_file(args, path: Path, problems: list) -> None:
+def sample_file(args, path: Path, problems: list, head: dict) -> None:
     """Have the answers to the problems in a file; what is there stays.
 
     A block that was interrupted is made again, so that the bytes are the same.
     """
-    head = head_of(args, problems)
     if rows_done(path, head) >= len(problems):
         return print(f"{path} is complete: not sampled again (delete it to do so)")
     sampler, problems = open_sampler(args, problems)
@@ -386,7 +385,8 @@ def main(argv=None) -> None:
     settle(args)
     if args.ask is not None:
         return ask(args)
-    sample_file(args, args.out, tasks.load_problems(args.data, args.limit))
+    problems = tasks.load_problems(args.data, args.limit)
+    sample_file(args, args.out, problems, head_of(args, problems))
     print(f"next: python evaluate.py --model {args.out}")
 
 
