@@ -167,7 +167,7 @@ ALARMS = {  # column, where it rings, what to change; the first one counts
 
 
 def report_step(args, run: Run, row: dict) -> None:
-    """Keep a row; ten times per run print the means of the last tenth."""
+    """Keep a row; ten times per run print the means since the last line."""
     run.write("metrics.jsonl", [row])
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -178,6 +178,8 @@ def report_step(args, run: Run, row: dict) -> None:
     if row["step"] != 1 and row["step"] % every:
         return
     rows = run.read("metrics.jsonl")[-every:]
+    if row["step"] == every > 1:
+        rows = rows[1:]  # the first one has its line already
     mean = {name: sum(each[name] or 0 for each in rows) / len(rows)
             for name in row if name != "k"}
     for name, (column, low, high, sentence) in ALARMS.items():

@@ -13,7 +13,6 @@ That a run survives what a machine does to it is the proof of test_faults.py.
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -546,14 +545,14 @@ def test_a_run_prints_and_rings_at_its_first_step_and_ten_more(capsys, steps, at
     assert {len(lines) for lines in said} <= {0, 2}
 
 
-def test_a_line_shows_the_mean_of_a_tenth_of_the_run(capsys):
+def test_a_line_shows_the_mean_since_the_last_one(capsys):
     """One unlucky step neither shows nor rings."""
-    unlucky = {"reward": 0.0, "pass@k": 0.0, "truncated": 0.6}
+    unlucky = {"reward": 0.0, "pass@k": 0.0, "truncated": 0.8}
     said = lines_of(capsys, 30, unlucky, {"reward": 0.8}, unlucky, *[{}] * 26, unlucky)
     printed = {step: lines for step, lines in enumerate(said, 1) if lines}
     assert all(len(line) <= 100 for lines in said for line in lines)
     assert "reward 0.000  pass@2 0.000" in printed[1][1] and "cut off" in printed[1][0]
     [third], [sixth], [last] = printed[3], printed[6], printed[30]
-    assert "reward 0.267  pass@2 0.133" in third and third.endswith("  4.00 s")
+    assert "reward 0.400  pass@2 0.200" in third and third.endswith("  4.00 s")
     assert "reward 0.300  pass@2 0.400" in sixth
     assert "reward 0.200" in last
