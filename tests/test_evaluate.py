@@ -35,8 +35,8 @@ import evaluate
 import rspo
 import sample
 import train
-from evaluate import Answer, Curve, difference, interval, make_curve, read_samples, table
-from lib import cli, policy, run, tasks
+from evaluate import Curve, difference, interval, make_curve, read_samples, table
+from lib import policy, run, tasks
 from lib.cli import UserError
 from lib.tasks import Problem
 

@@ -516,8 +516,8 @@ def test_the_check_gathers_its_tokens_over_steps(learner, answers):
 
 def test_the_check_compares_the_same_tokens_with_policy_and_base(learner, answers):
     """Here the short answers, scored first, are told exactly, and the long ones badly."""
-    model, rollouts = learner("toy", "bfloat16", 2e-3), told(learner("toy", "bfloat16", 2e-3),
-                                                            answers(0))
+    model = learner("toy", "bfloat16", 2e-3)
+    rollouts = told(model, answers(0))
     order = sorted(range(len(rollouts)), key=lambda i: policy.length(rollouts[i]))
     badly = sampled_by(model, rollouts, 0.05)
     mixed = [rollouts[i] if rank < len(order) * 3 // 4 else badly[i]
