@@ -367,7 +367,7 @@ def sample_file(args, path: Path, problems: list, head: dict) -> None:
 
 
 def ask(args) -> None:
-    """Print the answers to a question, the most frequent first, and one in full."""
+    """Print the answers to a question, most frequent first, and one in full."""
     prompt = f"{args.ask}:" if tasks.split_name(args.data)[0] in tasks.GAMES else None
     problem = tasks.Problem("ask", args.ask, "", prompt=prompt)
     sampler, [problem] = open_sampler(args, [problem])

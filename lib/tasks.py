@@ -173,7 +173,7 @@ def hashed(text: str) -> int:
 
 
 def digest_of(problems: list[Problem]) -> str:
-    """Of what is asked, not of what is right: that is looked up when it is graded."""
+    """Of what is asked, not of what is right, which is looked up to grade."""
     return cli.digest([(p.id, p.question, p.prompt, p.level, p.task) for p in problems])[:16]
 
 
